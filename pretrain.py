@@ -1,0 +1,362 @@
+"""Pretraining: learn to predict the next token of plain text, from scratch or from any Llama (`--init-from`).
+
+    in     data/pretrain    token files, with their tokenizer (data_process.py pretrain)
+    out    out/pretrain     a Hugging Face model directory, metrics.jsonl, loss.png, samples.txt, step-*/ to resume from
+
+    python pretrain.py --model tiny                                     # one process: CPU, one GPU or Apple's
+    torchrun --nproc_per_node=4 pretrain.py --model 218m                # four GPUs, the same batches, DDP
+    python pretrain.py --init-from path/to/Llama-3-8B --lr 2e-5         # continued pretraining
+    python pretrain.py --init-from out/pretrain --rope-scaling yarn --rope-factor 4 --seq-len 2048 --out out/long
+
+The same command again resumes an interrupted run. The batch of step s depends on the seed and s alone: not on the number
+of processes, not on the micro-batch, not on where the run was interrupted.
+"""
+
+from __future__ import annotations
+
+from settings import UserError, command_line, flag, too_small
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from checkpoint import (
+    DTYPES,
+    Finished,
+    load_model,
+    load_state,
+    lock_run,
+    open_run,
+    resolve_model_dir,
+    save_model,
+    save_state,
+    start_run,
+    weights_identity,
+)
+from files import file_sha256
+from model import PRESETS, Llama, LlamaConfig
+from runtime import (
+    DTYPE_NAMES,
+    Machine,
+    MachineConfig,
+    Metrics,
+    Progress,
+    count_skipped,
+    human,
+    plot_loss,
+    read_metrics,
+)
+from token_files import Tokens, open_tokens
+from tokenizer import Tokenizer, load_tokenizer
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(MachineConfig):
+    data: Path = flag(Path("data/pretrain"), "token files: a directory of data_process.py pretrain, or a bare uint16 .bin")
+    out: Path = flag(Path("out/pretrain"), "run directory")
+    tokenizer: Path | None = flag(None, "default: the one in the data directory")
+    model: str = flag("92m", f"architecture: {', '.join(PRESETS)}, or a config.json")
+    init_from: Path | None = flag(None, "model directory to continue from, instead of --model")
+    rope_scaling: str = flag("none", "read further than the model was trained", choices=("none", "linear", "dynamic", "yarn"))
+    rope_factor: float = flag(4.0, "how many times as far, with --rope-scaling")
+
+    steps: int | None = flag(None, "optimizer steps; default: --epochs over the data")
+    epochs: float = flag(1.0, "passes over the data, when --steps is not given")
+    batch_size: int = flag(64, "sequences per optimizer step, over all processes")
+    micro_batch: int = flag(8, "sequences that one device holds at a time")
+    seq_len: int | None = flag(None, "tokens per sequence; default: all that the model reads")
+    doc_mask: bool = flag(False, "attend only within a document, where several share a sequence")
+
+    lr: float = flag(5e-4, "peak learning rate")
+    min_lr: float | None = flag(None, "learning rate at the end; default: a tenth of the peak")
+    schedule: str = flag("cosine", "after warmup: cosine, or wsd (stable, then a linear decay)", choices=("cosine", "wsd"))
+    warmup: float = flag(0.02, "steps of linear warmup; below 1: that part of all steps")
+    decay_part: float = flag(0.2, "wsd: the part of all steps that decays")
+    weight_decay: float = flag(0.1, "AdamW's, on matrices only")
+    beta2: float = flag(0.95, "AdamW's memory of squared gradients")
+    clip: float = flag(1.0, "largest gradient norm")
+    dropout: float = flag(0.0, "for many passes over little text")
+    checkpointing: bool = flag(False, "recompute activations in backward: less memory, about a third more time")
+
+    log_every: int = flag(10, "steps between log lines")
+    eval_every: int = flag(200, "steps between evaluations (loss, plot, samples)")
+    eval_tokens: int = flag(200_000, "validation tokens per evaluation")
+    save_every: int = flag(200, "steps between checkpoints")
+    keep: int = flag(2, "checkpoints kept")
+    save_dtype: str = flag("fp32", "dtype of the final weights", choices=tuple(DTYPES))
+    resume: str = flag("auto", "auto: go on where --out stopped; never; or a step directory")
+
+    # Settings that cannot change the result: a resumed run may have others. What lies behind the paths is compared itself.
+    HARMLESS = frozenset({"out", "data", "tokenizer", "init_from", "resume", "device", "compile", "micro_batch", "checkpointing",
+                          "log_every", "eval_every", "eval_tokens", "save_every", "keep"})  # fmt: skip
+
+    def problems(self) -> list[str]:
+        found = too_small(self, "epochs", "batch_size", "micro_batch", "lr", "clip", "log_every", "eval_every", "eval_tokens",
+                          "save_every", "keep", "rope_factor")  # fmt: skip
+        found += too_small(self, "min_lr", "warmup", "weight_decay", "beta2", "seed", "dropout", least=0)
+        found += [f"--{name} must be below 1, not {getattr(self, name)}" for name in ("beta2", "dropout") if getattr(self, name) >= 1]
+        found += too_small(self, "steps", "seq_len", least=1)
+        if self.init_from is None and self.model not in PRESETS and not Path(self.model).exists():
+            found.append(f"--model {self.model} is neither a preset ({', '.join(PRESETS)}) nor a file")
+        return found
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Data: which tokens a step reads
+
+
+class Batches:
+    """Windows of T + 1 tokens, without overlap, in an order that is shuffled anew every epoch."""
+
+    def __init__(self, tokens: np.ndarray, seq_len: int, batch_size: int, seed: int):
+        self.windows = len(tokens) // (seq_len + 1)
+        self.rows = tokens[: self.windows * (seq_len + 1)].reshape(self.windows, seq_len + 1)
+        self.batch_size, self.seed = batch_size, seed
+
+    def __getitem__(self, step: int) -> np.ndarray:
+        """The batch of a step: [batch_size, T + 1]."""
+        which = step * self.batch_size + np.arange(self.batch_size)
+        epoch, place = which // self.windows, which % self.windows
+        order = [shuffled(int(p), self.windows, self.seed + int(e)) for e, p in zip(epoch, place)]
+        return self.rows[order].astype(np.int64)
+
+
+def shuffled(place: int, n: int, key: int) -> int:
+    """Element `place` of a random permutation of range(n), in O(1) memory however large n is.
+
+    A Feistel cipher of four rounds permutes the numbers below 4^k ≥ n; walking its cycle until the value is below n
+    makes it a permutation of range(n) (Black & Rogaway 2002, "Ciphers with arbitrary finite domains").
+    """
+    bits = max(1, ((n - 1).bit_length() + 1) // 2)
+    mask = (1 << bits) - 1
+    while True:
+        left, right = place >> bits, place & mask
+        for round in range(4):
+            mixed = (right * 0x9E3779B97F4A7C15 + key * 0xBF58476D1CE4E5B9 + round * 0x94D049BB133111EB) & (2**64 - 1)
+            mixed = ((mixed ^ (mixed >> 29)) * 0xBF58476D1CE4E5B9) & (2**64 - 1)
+            left, right = right, left ^ ((mixed >> 32) & mask)
+        place = left << bits | right
+        if place < n:
+            return place
+
+
+def document_ids(tokens: Tensor, eos_id: int) -> Tensor:
+    """[B, T] tokens -> [B, T]: the number of the document each belongs to. eos is the last token of its document."""
+    ends = (tokens == eos_id).long()
+    return ends.cumsum(1) - ends
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def learning_rate(step: int, steps: int, config: Config) -> float:
+    """Linear warmup, then a cosine to min_lr, or stable and a linear decay over the last part (wsd, 2404.06395)."""
+    low = config.lr / 10 if config.min_lr is None else config.min_lr
+    warmup = config.warmup * steps if config.warmup < 1 else config.warmup
+    if step < warmup:
+        return config.lr * (step + 1) / (warmup + 1)
+    if config.schedule == "cosine":
+        done = (step - warmup) / max(1, steps - warmup)
+        return low + (config.lr - low) * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+    decay = max(1.0, config.decay_part * steps)
+    return low + (config.lr - low) * min(1.0, (steps - step) / decay)
+
+
+def make_optimizer(model: Llama, config: Config, machine: Machine) -> torch.optim.AdamW:
+    """AdamW; weight decay pulls on matrices only, not on norms and biases."""
+    matrices = [p for p in model.parameters() if p.dim() > 1]
+    vectors = [p for p in model.parameters() if p.dim() <= 1]
+    groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, config.beta2), fused=machine.device.type in ("cpu", "cuda"))
+
+
+@torch.no_grad()
+def evaluate(model: Llama, tokens: Tokens, seq_len: int, config: Config, machine: Machine, eos_id: int) -> dict:
+    """Validation loss in nats per token, and bits per byte of text; the windows are spread over all ranks."""
+    model.eval()
+    seq_len = min(seq_len, len(tokens) - 1)
+    rows = min(len(tokens) // (seq_len + 1), max(1, config.eval_tokens // seq_len))
+    windows = tokens.tokens[: rows * (seq_len + 1)].reshape(rows, seq_len + 1)
+    mine = windows[machine.rank :: machine.world].astype(np.int64)
+    nats = torch.zeros((), dtype=torch.float64)
+    for start in range(0, len(mine), config.micro_batch):
+        batch = torch.from_numpy(mine[start : start + config.micro_batch]).to(machine.device)
+        x, y = batch[:, :-1], batch[:, 1:]
+        with machine.autocast():
+            nats += model(x, y, denominator=1, doc_ids=document_ids(x, eos_id) if config.doc_mask else None).cpu()
+    model.train()
+    loss = machine.sum(nats.float()).item() / (rows * seq_len)
+    text_bytes = tokens.meta.get("splits", {}).get("val", {}).get("bytes")
+    return {"val_loss": loss, "val_bpb": loss / math.log(2) * len(tokens) / text_bytes if text_bytes else None}
+
+
+def write_samples(model: Llama, tokenizer: Tokenizer, tokens: Tokens, path: Path, title: str, machine: Machine) -> str:
+    """Let the model go on from the first words of three validation documents; append to samples.txt."""
+    ends = np.flatnonzero(tokens.tokens[:100_000] == tokenizer.eos_id)[:3]
+    starts = [0, *(int(end) + 1 for end in ends)][:3]
+    prompts = [p for p in (tokens.tokens[start : start + 8].tolist() for start in starts) if p]
+    answers = [list(prompt) for prompt in prompts]
+    with machine.autocast():
+        for step in model.generate(prompts, 48, temperature=0.8, top_p=0.9, stop_ids=[tokenizer.eos_id], seed=0):
+            for answer, token in zip(answers, step):
+                answer += [] if token is None else [token]
+    lines = [f"{tokenizer.decode(p)} ▸ {tokenizer.decode(a)[len(tokenizer.decode(p)):]}" for p, a in zip(prompts, answers)]
+    with path.open("a", encoding="utf-8") as file:
+        file.write("\n".join([f"── {title} " + "─" * 40, *lines, ""]) + "\n")
+    return lines[0].replace("\n", "⏎")
+
+
+def prepare(config: Config, machine: Machine) -> tuple[Tokens, Tokens | None, Tokenizer, LlamaConfig]:
+    """Everything that can be wrong with the input is found here, before anything is allocated."""
+    if not config.data.exists():
+        raise UserError(
+            f"--data {config.data} does not exist. Two commands make it from the built-in textbook: "
+            "`python data_process.py textbook` and "
+            f"`python data_process.py pretrain --corpus textbook=data/textbook --out {config.data}`; "
+            "README.md shows how to bring your own text"
+        )
+    train = open_tokens(config.data, "train")
+    val = open_tokens(config.data, "val") if config.data.is_dir() else None
+    if config.tokenizer is None and not config.data.is_dir():
+        raise UserError(f"--data {config.data} is a bare file: say which --tokenizer made it")
+    if config.init_from:
+        directory = resolve_model_dir(config.init_from)
+        llama = LlamaConfig.from_json(directory)
+        own = any((directory / name).exists() for name in ("tokenizer.model", "tokenizer.json"))
+        tokenizer = load_tokenizer(config.tokenizer or (directory if own else config.data))
+    else:
+        tokenizer = load_tokenizer(config.tokenizer or config.data)
+        llama = PRESETS[config.model] if config.model in PRESETS else LlamaConfig.from_json(config.model)
+        llama = dataclasses.replace(llama, vocab_size=len(tokenizer), bos_token_id=tokenizer.bos_id,
+                                    eos_token_id=tokenizer.eos_id, pad_token_id=tokenizer.pad_id)  # fmt: skip
+    if config.rope_scaling != "none":
+        llama = llama.with_rope_scaling(config.rope_scaling, config.rope_factor)
+    train.check_model(tokenizer.fingerprint, llama.vocab_size)
+    if config.seq_len and config.seq_len > llama.context_length:
+        raise UserError(f"--seq-len {config.seq_len} is longer than the {llama.context_length} tokens this model reads; lower it, or read "
+                        "further with --rope-scaling yarn")
+    seq_len = config.seq_len or llama.context_length
+    if len(train) < seq_len + 1:
+        raise UserError(f"{config.data} holds {len(train)} tokens, fewer than one sequence of {seq_len} + 1; lower --seq-len or add text")
+    if config.batch_size % machine.world:
+        raise UserError(f"--batch-size {config.batch_size} cannot be shared equally by {machine.world} processes")
+    return train, val, tokenizer, dataclasses.replace(llama, dropout=config.dropout)
+
+
+def main(config: Config) -> dict:
+    with Machine(config) as machine, machine.explain_out_of_memory("lower --micro-batch or --seq-len, or add --checkpointing"):
+        train, val, tokenizer, llama = prepare(config, machine)
+        seq_len = config.seq_len or llama.context_length
+        batches = Batches(train.tokens, seq_len, config.batch_size, config.seed)
+        steps = config.steps or max(1, round(config.epochs * batches.windows / config.batch_size))
+        splits = train.meta.get("splits", {"train": {"sha256": file_sha256(train.path)}})
+        identity = {"data": [split["sha256"] for split in splits.values()], "tokenizer": tokenizer.fingerprint,
+                    "dtype": DTYPE_NAMES[machine.dtype],
+                    "first weights": weights_identity(resolve_model_dir(config.init_from)) if config.init_from else None}  # fmt: skip
+        try:
+            resume_from = open_run(config.out, config, resume=config.resume, harmless=config.HARMLESS, identity=identity)
+        except Finished:
+            machine.print(f"{config.out} is finished: nothing to do. Talk to it: python chat.py --model {config.out}")
+            return {key: value for line in read_metrics(config.out / "metrics.jsonl") for key, value in line.items()}
+        if len(set(machine.gather(str(resume_from)))) > 1:
+            raise UserError(f"the processes find different steps in --out {config.out}: all machines must share that directory")
+        if machine.main:
+            machine.hold(lock_run(config.out))
+        if config.init_from:
+            model = load_model(config.init_from, machine.device, torch.float32, config=llama)
+        else:
+            model = Llama(llama).to(machine.device)
+        torch.manual_seed(config.seed + machine.rank)  # the same weights everywhere, but each rank drops out on its own
+        model.checkpointing = config.checkpointing
+        optimizer = make_optimizer(model, config, machine)
+        state = {"stage": "pretrain", "step": 0, "skipped": 0}
+        if resume_from:
+            state = load_state(resume_from, stage="pretrain", model=model, optimizer=optimizer, machine=machine)
+        if machine.main and (resume_from is None or resume_from.parent != config.out):
+            start_run(config.out, config, identity, {"parameters": model.num_parameters(), "device": machine.describe(),
+                                                     "torch": torch.__version__})  # fmt: skip
+        metrics = Metrics(machine, config.out / "metrics.jsonl", from_step=state["step"])
+
+        tokens_per_step = config.batch_size * seq_len
+        per_rank = config.batch_size // machine.world
+        machine.print(f"model     {human(model.num_parameters())} parameters, vocabulary {llama.vocab_size:,}, {seq_len} tokens of context")
+        machine.print(f"data      {human(len(train))} tokens from {config.data}; {steps:,} steps of {config.batch_size} x {seq_len} = "
+                      f"{human(tokens_per_step)} tokens, {steps * tokens_per_step / len(train):.2f} epochs")  # fmt: skip
+        machine.print(f"machine   {machine.describe()}; micro-batches of {min(config.micro_batch, per_rank)}"
+                      + (f"; resuming at step {state['step']:,} from {resume_from}" if resume_from else ""))  # fmt: skip
+        if config.compile:
+            model.compile()
+        network = machine.wrap(model)
+        network.train()
+
+        progress = Progress(machine, metrics, steps=steps, first=state["step"], flops_per_token=model.flops_per_token(seq_len))
+        first, saved = state["step"], resume_from
+        while True:
+            step, stop = state["step"], machine.should_stop()
+            last = step >= steps
+            rate = learning_rate(step, steps, config)
+            with progress.paused():
+                if step > first and (last or stop or step % config.save_every == 0):
+                    saved = save_state(config.out, step, model=model, tokenizer=tokenizer, optimizer=optimizer,
+                                       machine=machine, progress=state, keep=config.keep)  # fmt: skip
+                if stop and not last:
+                    machine.print(f"stopped at step {step:,}; the same command goes on from {saved or 'the start'}")
+                    break
+                if last or step % config.eval_every == 0:
+                    title = f"step {step:,}"
+                    if val is not None and len(val) > 1:
+                        result = evaluate(model, val, seq_len, config, machine, tokenizer.eos_id)
+                        metrics.write(step=step, tokens=step * tokens_per_step, **result)
+                        title += f", validation loss {result['val_loss']:.3f}"
+                        title += f", {result['val_bpb']:.3f} bits per byte" if result["val_bpb"] else ""
+                    if machine.main:
+                        sample = write_samples(model, tokenizer, val or train, config.out / "samples.txt", title, machine)
+                        plot_loss(config.out / "metrics.jsonl", config.out / "loss.png", str(config.out))
+                        machine.print(f"   {title} │ {sample[:60]}")
+            if last:
+                break
+
+            # ---- one optimizer step: the lesson --------------------------------------------------------------
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            mine = batches[step][machine.rank * per_rank : (machine.rank + 1) * per_rank]
+            micro_batches = torch.from_numpy(mine).split(config.micro_batch)
+            loss = torch.zeros((), device=machine.device)
+            for i, micro in enumerate(micro_batches):
+                micro = micro.to(machine.device, non_blocking=True)
+                x, y = micro[:, :-1], micro[:, 1:]
+                docs = document_ids(x, tokenizer.eos_id) if config.doc_mask else None
+                with machine.no_sync(network, i < len(micro_batches) - 1):
+                    with machine.autocast():  # DDP averages over ranks, so each divides by its own share of the tokens
+                        part = network(x, y, denominator=tokens_per_step / machine.world, doc_ids=docs)
+                    machine.scaler.scale(part).backward()
+                loss += part.detach()
+            machine.scaler.unscale_(optimizer)
+            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip)
+            finite = bool(torch.isfinite(norm))
+            if finite:
+                machine.scaler.step(optimizer)
+            machine.scaler.update()
+            optimizer.zero_grad(set_to_none=True)
+            # ---------------------------------------------------------------------------------------------------
+
+            state["step"] = step = step + 1
+            count_skipped(machine, state, finite, config.out)
+            progress.step(tokens_per_step)
+            if step % config.log_every == 0 or step in (first + 1, steps):
+                progress.log(step, tokens=step * tokens_per_step, loss=loss, lr=rate, norm=norm)
+        progress.bar.close()
+        if last and machine.main:
+            save_model(model, config.out, tokenizer, dtype=DTYPES[config.save_dtype])
+            machine.print(f"done: {config.out}. Next: python sft.py --init-from {config.out} --data data/sft")
+        machine.barrier()
+        return metrics.last
+
+
+if __name__ == "__main__":
+    command_line(main, Config, description=__doc__)

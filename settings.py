@@ -1,0 +1,268 @@
+"""Settings and errors: what every command line in this repository shares.
+
+    settings    one frozen dataclass per stage -> flags, --help, --config args.json, all mistakes named at once
+    errors      UserError -> one line on stderr and exit status 2; a bug keeps its traceback
+
+Imports nothing heavy, so that `tokenizer.py show` and the workers of data_process.py start fast.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import sys
+import types
+import typing
+from pathlib import Path
+
+# Threads that wait for each other sleep rather than spin. With spinning threads a second busy process on the machine slows a
+# small model down fifty-fold. It must be set before torch is imported, which is why every file imports settings first.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+
+class UserError(Exception):
+    """A mistake the user can mend. Shown as one line, `error: …`, with exit status 2 and no traceback."""
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Settings: a frozen dataclass is the only place where a default and its explanation stand.
+
+
+def flag(default=dataclasses.MISSING, help: str = "", choices: tuple | None = None):
+    """A dataclass field that is also a command-line flag. Without a default the flag is required.
+
+    The flag's type is the field's annotation: int, float, str, bool (`--x` / `--no-x`), Path, `T | None`,
+    or `tuple[str, ...]` (one or more values).
+    """
+    return dataclasses.field(default=default, metadata={"help": help, "choices": choices})
+
+
+def parse_config(config_class, argv=None, *, description: str = "", prog: str | None = None):
+    """Read flags into a `config_class`. `--batch-size` and `--batch_size` both work; `--config args.json` gives
+    values that flags on the command line override.
+
+    Raises UserError that names every unknown, missing or unreadable flag at once. If the class has a method
+    `problems() -> list[str]`, what it returns is reported in the same way.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    argv = [_dashes(word) for word in argv]
+    parser = _Parser(
+        prog=prog, description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--config", metavar="FILE", help="take settings from an args.json; flags given here win")
+    hints = typing.get_type_hints(config_class)
+    fields = {field.name: field for field in dataclasses.fields(config_class)}
+    for field in fields.values():
+        _add_flag(parser, field, hints[field.name])
+
+    values, unknown = parser.parse_known_args(argv)
+    problems = parser.problems + [f"unknown flag {word}" for word in unknown if word.startswith("-")]
+    if not problems:  # words after an unknown flag are its values
+        problems = [f"unexpected word {word!r}" for word in unknown]
+    settings = {}
+    if values.config:
+        stored = read_json(values.config)
+        if not isinstance(stored, dict):
+            raise UserError(f"{values.config} is not an args.json: it holds no settings by name")
+        # args.json of a run also records what the run found out (device, versions …) under "run": not settings.
+        stored.pop("run", None)
+        problems += [f"{values.config} sets {key}, which is no setting here" for key in stored if key not in fields]
+        for key, value in stored.items():
+            if key in fields:
+                mistake = _misfit(value, hints[key], fields[key].metadata.get("choices"))
+                problems += [f"{values.config} sets {key} to {value!r}: {mistake}"] if mistake else []
+                settings |= {} if mistake else {key: value}
+    settings.update({key: value for key, value in vars(values).items() if key != "config" and value is not _UNSET})
+    for name, field in fields.items():
+        if name not in settings and field.default is dataclasses.MISSING:
+            problems.append(f"{_flag_name(name)} is required: {field.metadata['help']}")
+            settings[name] = None
+    config = config_class(**{name: _from_json(value, hints[name]) for name, value in settings.items()})
+    if hasattr(config, "problems") and None not in [settings.get(name, ()) for name, f in fields.items()
+                                                    if f.default is dataclasses.MISSING]:  # fmt: skip
+        problems += config.problems()
+    if problems:
+        raise UserError("; ".join(problems) + f" (see {Path(parser.prog).name} --help)")
+    return config
+
+
+def too_small(config, *names: str, least: float | None = None) -> list[str]:
+    """What to say of each named setting that is not above 0 (or below `least`); settings that are None pass."""
+    bound = "above 0" if least is None else f"at least {least}"
+    return [f"{_flag_name(name)} must be {bound}, not {value}" for name in names if (value := getattr(config, name)) is not None
+            and not (0 < value < math.inf if least is None else least <= value < math.inf)]  # fmt: skip
+
+
+def config_to_dict(config) -> dict:
+    """The settings as JSON can hold them; parse_config reads them back with --config."""
+    return {k: str(v) if isinstance(v, Path) else v for k, v in dataclasses.asdict(config).items()}
+
+
+def command_line(main, config_class, argv=None, *, description: str = "", commands: dict | None = None) -> None:
+    """What stands under `if __name__ == "__main__"`: flags -> config -> main(config), with clean errors.
+
+    `commands` maps sub-command names to (main, config_class, one-line help) for tools that have several.
+    """
+    with clean_exit():
+        argv = list(sys.argv[1:] if argv is None else argv)
+        prog = Path(sys.argv[0]).name
+        if commands:
+            name = argv[0] if argv else "--help"
+            if name in ("-h", "--help"):
+                width = max(map(len, commands))
+                print(description.strip() + "\n\ncommands:")
+                print("\n".join(f"  {key:<{width}}  {text}" for key, (_, _, text) in commands.items()))
+                print(f"\n{prog} COMMAND --help lists a command's flags.")
+                return
+            if name not in commands:
+                raise UserError(f"unknown command {name!r}; there are {', '.join(commands)} (see {prog} --help)")
+            main, config_class, description = commands[name]
+            argv, prog = argv[1:], f"{prog} {name}"
+        main(parse_config(config_class, argv, description=description, prog=prog))
+
+
+@contextlib.contextmanager
+def clean_exit():
+    """UserError -> `error: …` on stderr and exit 2. A full disk and a missing optional package count as such."""
+    try:
+        yield
+    except UserError as error:
+        _complain(" ".join(str(error).split()))
+        sys.exit(2)
+    except BrokenPipeError:  # `… | head` closed our stdout
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
+    except (PermissionError, NotADirectoryError, IsADirectoryError) as error:
+        _complain(f"{error.filename}: {os.strerror(error.errno)}")
+        sys.exit(2)
+    except OSError as error:
+        import errno
+
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        where = f" while writing {error.filename}" if error.filename else ""
+        _complain(f"the disk is full{where}; free some space and run the same command again "
+                  "(what was complete before is intact)")
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr, flush=True)
+        sys.exit(130)
+
+
+def _complain(text: str) -> None:
+    """One write for the whole line: several ranks of torchrun share this stderr, unbuffered, and print() writes twice."""
+    sys.stderr.write(f"error: {_rank_prefix()}{text}\n")
+    sys.stderr.flush()
+
+
+def read_json(path) -> dict:
+    """Parse one JSON file. Raises UserError naming the file, and the line of a syntax error."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8-sig"))
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist") from None
+    except IsADirectoryError:
+        raise UserError(f"{path} is a directory; a JSON file is needed") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{path} is not UTF-8 text") from None
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}:{error.lineno}: not valid JSON: {error.msg}") from None
+
+
+_UNSET = object()
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse stops at the first mistake; this one collects them, so that a user mends all at once."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.problems = []
+
+    def error(self, message):
+        raise UserError(f"{message} (see {Path(self.prog).name} --help)")
+
+    def _get_values(self, action, arg_strings):
+        try:
+            return super()._get_values(action, arg_strings)
+        except argparse.ArgumentError as error:
+            self.problems.append(str(error).replace("argument ", ""))
+            return _UNSET
+
+
+def _flag_name(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _dashes(word: str) -> str:
+    if not word.startswith("--"):
+        return word
+    name, equals, value = word.partition("=")
+    return name.replace("_", "-") + equals + value
+
+
+def _unwrap_optional(hint):
+    """`int | None` -> (int, True); `int` -> (int, False)."""
+    if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union:
+        return next(arg for arg in typing.get_args(hint) if arg is not type(None)), True
+    return hint, False
+
+
+def _add_flag(parser, field, hint):
+    hint, _ = _unwrap_optional(hint)
+    text = field.metadata.get("help", "").replace("%", "%%")
+    if field.default not in (dataclasses.MISSING, None, ""):
+        shown = " ".join(map(str, field.default)) if isinstance(field.default, tuple) else field.default
+        text += f" [{ {True: 'on', False: 'off'}.get(shown, shown) if isinstance(shown, bool) else shown}]"
+    options = dict(default=_UNSET, help=text, choices=field.metadata.get("choices"))
+    if hint is bool:
+        options.pop("choices")
+        parser.add_argument(_flag_name(field.name), action=argparse.BooleanOptionalAction, **options)
+    elif typing.get_origin(hint) is tuple:
+        parser.add_argument(_flag_name(field.name), nargs="+", metavar=field.name.upper(), **options)
+    else:
+        kind = {int: _int, float: float, Path: Path}.get(hint, str)
+        metavar = None if options["choices"] else {int: "N", float: "X", Path: "PATH"}.get(hint, "TEXT")
+        parser.add_argument(_flag_name(field.name), type=kind, metavar=metavar, **options)
+
+
+def _int(text: str) -> int:
+    """Whole numbers, also as 2_000 or 1e9."""
+    try:
+        return int(text)
+    except ValueError:
+        number = float(text)
+        if not math.isfinite(number) or number != int(number):
+            raise
+        return int(number)
+
+
+_int.__name__ = "whole number"  # argparse prints this name
+
+
+def _misfit(value, hint, choices: tuple | None) -> str:
+    """What is wrong with a value from JSON, or ''."""
+    hint, optional = _unwrap_optional(hint)
+    kinds = {int: int, float: (int, float), bool: bool, Path: str}.get(hint, list if typing.get_origin(hint) is tuple else str)
+    if value is None:
+        return "" if optional else "it needs a value"
+    if not isinstance(value, kinds) or (isinstance(value, bool) and hint is not bool):
+        return f"it must be of type {getattr(hint, '__name__', hint)}"
+    return f"it must be one of {', '.join(choices)}" if choices and value not in choices else ""
+
+
+def _from_json(value, hint):
+    hint, _ = _unwrap_optional(hint)
+    if value is None:
+        return None
+    if typing.get_origin(hint) is tuple:
+        return tuple(value)
+    return Path(value) if hint is Path else float(value) if hint is float and isinstance(value, int) else value
+
+
+def _rank_prefix() -> str:
+    return f"[rank {os.environ['RANK']}] " if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""

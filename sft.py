@@ -1,0 +1,442 @@
+"""Supervised fine-tuning: learn to answer, from conversations; only the answers count in the loss.
+
+    in     a model directory (--init-from) and train.jsonl, val.jsonl of {"messages": [{"role": …, "content": …}]}
+    out    out/sft    a Hugging Face model directory with the chat template, metrics.jsonl, loss.png, samples.txt
+
+    python sft.py --init-from out/pretrain --data data/sft
+    torchrun --nproc_per_node=4 sft.py --init-from out/pretrain --data data/sft --epochs 2
+    python sft.py --init-from out/pretrain --data data/sft --show-batch      # token by token: what is read, what is learned
+
+Several conversations share a row (packing); a mask keeps each from seeing its neighbours, so that a packed conversation
+gives the same loss as one alone. The same command again resumes. A diff with pretrain.py shows the lesson of this stage.
+"""
+
+from __future__ import annotations
+
+from settings import UserError, command_line, flag, too_small
+
+import dataclasses
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from checkpoint import (
+    DTYPES,
+    Finished,
+    load_model,
+    load_state,
+    lock_run,
+    open_model_dir,
+    open_run,
+    resolve_model_dir,
+    save_model,
+    save_state,
+    start_run,
+    weights_identity,
+)
+from files import file_sha256
+from model import IGNORE, Llama
+from runtime import (
+    DTYPE_NAMES,
+    Machine,
+    MachineConfig,
+    Metrics,
+    Progress,
+    count_skipped,
+    human,
+    plot_loss,
+    read_metrics,
+)
+from tokenizer import Tokenizer
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(MachineConfig):
+    init_from: Path = flag(Path("out/pretrain"), "model directory to fine-tune")
+    data: Path = flag(Path("data/sft"), "directory with train.jsonl and val.jsonl, or one .jsonl file")
+    out: Path = flag(Path("out/sft"), "run directory")
+    template: str = flag("auto", "chat template; auto: the model directory's own, else chatml, else baby",
+                         choices=("auto", "baby", "chatml", "llama2", "llama3"))  # fmt: skip
+    fresh_weights: bool = flag(False, "the control: random weights in place of those of --init-from")
+    rope_scaling: str = flag("none", "read further than the model was trained", choices=("none", "linear", "dynamic", "yarn"))
+    rope_factor: float = flag(4.0, "how many times as far, with --rope-scaling")
+
+    steps: int | None = flag(None, "optimizer steps; default: --epochs over the data")
+    epochs: float = flag(3.0, "passes over the data, when --steps is not given")
+    batch_size: int = flag(16, "rows per optimizer step, over all processes")
+    micro_batch: int = flag(8, "rows that one device holds at a time")
+    seq_len: int | None = flag(None, "tokens per row; default: all that the model reads")
+    packing: bool = flag(True, "several conversations in a row; off: one, padded")
+
+    lr: float = flag(1e-4, "peak learning rate")
+    min_lr: float | None = flag(None, "learning rate at the end; default: a tenth of the peak")
+    warmup: float = flag(0.03, "steps of linear warmup; below 1: that part of all steps")
+    weight_decay: float = flag(0.01, "AdamW's, on matrices only")
+    beta2: float = flag(0.95, "AdamW's memory of squared gradients")
+    clip: float = flag(1.0, "largest gradient norm")
+    dropout: float = flag(0.0, "against learning few conversations by heart")
+    checkpointing: bool = flag(False, "recompute activations in backward: less memory, about a third more time")
+
+    log_every: int = flag(10, "steps between log lines")
+    eval_every: int = flag(200, "steps between evaluations (loss, plot, samples)")
+    save_every: int = flag(200, "steps between checkpoints")
+    keep: int = flag(2, "checkpoints kept")
+    save_dtype: str = flag("fp32", "dtype of the final weights", choices=tuple(DTYPES))
+    resume: str = flag("auto", "auto: go on where --out stopped; never; or a step directory")
+    show_batch: bool = flag(False, "print the first batch token by token and stop")
+
+    # Settings that cannot change the result: a resumed run may have others. What lies behind the paths is compared itself.
+    HARMLESS = frozenset({"out", "data", "init_from", "resume", "device", "compile", "micro_batch", "checkpointing", "log_every",
+                          "eval_every", "save_every", "keep", "show_batch"})  # fmt: skip
+
+    def problems(self) -> list[str]:
+        found = too_small(self, "epochs", "batch_size", "micro_batch", "lr", "clip", "log_every", "eval_every", "save_every", "keep",
+                          "rope_factor")  # fmt: skip
+        found += too_small(self, "min_lr", "warmup", "weight_decay", "beta2", "seed", "dropout", least=0)
+        found += [f"--{name} must be below 1, not {getattr(self, name)}" for name in ("beta2", "dropout") if getattr(self, name) >= 1]
+        found += too_small(self, "steps", least=1) + too_small(self, "seq_len", least=8)
+        return found
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Data: conversations -> rows of tokens, targets and document numbers
+
+
+class Conversations:
+    """All conversations of a file, tokenised: ids and the mask of what is learned, one after the other in flat arrays."""
+
+    def __init__(self, path: Path, tokenizer: Tokenizer, template: str, seq_len: int, quiet: bool = False):
+        """Raises UserError naming the line of a broken record, or if no conversation has an answer to learn."""
+        ids, masks, self.truncated, self.empty = [], [], 0, 0
+        self.questions: list[list[dict]] = []  # what comes before the first answer, for samples.txt
+        records = tqdm(read_messages(path), desc=f"tokenising {path.name}", disable=True if quiet else None, leave=False)
+        for line, messages in records:
+            try:
+                tokens, mask = tokenizer.render(messages, template=template)
+            except UserError as error:
+                raise UserError(f"{path}:{line}: {error}") from None
+            if not any(mask):
+                self.empty += 1
+                continue
+            if len(self.questions) < 5:
+                self.questions.append(messages[: [turn["role"] for turn in messages].index("assistant")])
+            if len(tokens) > seq_len + 1:
+                tokens, mask = truncate(tokens, mask, seq_len + 1)
+                self.truncated += 1
+            ids.append(np.array(tokens, dtype=np.uint32))
+            masks.append(np.array(mask, dtype=bool))
+        if not ids:
+            raise UserError(f"{path} has no conversation with an assistant turn: there is nothing to learn")
+        self.ends = np.cumsum([len(i) for i in ids])
+        self.ids, self.masks = np.concatenate(ids), np.concatenate(masks)
+        self.lengths = np.diff(self.ends, prepend=0) - 1  # positions that predict something: all but the last token
+        # what row_of() will count: targets of one conversation, which begin at its second token
+        self.learned = np.array([int(mask[1:].sum()) for mask in masks])
+
+    def __len__(self) -> int:
+        return len(self.ends)
+
+    def __getitem__(self, i: int) -> tuple[np.ndarray, np.ndarray]:
+        start = self.ends[i - 1] if i else 0
+        return self.ids[start : self.ends[i]].astype(np.int64), self.masks[start : self.ends[i]]
+
+
+def read_messages(path: Path) -> list[tuple[int, list]]:
+    """(line number, "messages") of each line of a JSON-lines file. Raises UserError naming file and line."""
+    try:
+        lines = path.read_text(encoding="utf-8-sig").split("\n")  # not splitlines(): U+2028 may stand in a text
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} cannot be read as UTF-8 text: {error}") from None
+    conversations = []
+    for number, line in enumerate(lines, 1):
+        try:
+            if line.strip():
+                conversations.append((number, json.loads(line)["messages"]))
+        except json.JSONDecodeError as error:
+            raise UserError(f"{path}:{number}: not valid JSON: {error.msg}") from None
+        except (KeyError, TypeError):
+            raise UserError(f'{path}:{number}: no "messages"; python data_process.py sft makes this format from others') from None
+    return conversations
+
+
+def truncate(tokens: list[int], mask: list[int], length: int) -> tuple[list[int], list[int]]:
+    """Cut a conversation to `length` tokens such that some answer is left.
+
+    The end goes first. If no answer begins within half the window's last token, the start of the prompt goes instead:
+    what is kept is the second half of the window for the answer, the first half for the words right before it.
+    """
+    first = mask.index(1)
+    start = 0 if first < length - 1 else max(0, first - length // 2)
+    return tokens[start : start + length], mask[start : start + length]
+
+
+def pack(lengths: np.ndarray, order: np.ndarray, seq_len: int, packing: bool, open_rows: int = 32) -> list[list[int]]:
+    """Share rows of seq_len positions among conversations: each goes to the fullest of the last open rows it fits in."""
+    if not packing:
+        return [[int(i)] for i in order]
+    rows, free = [], []  # free: (positions left, row) of the rows still open
+    for i in map(int, order):
+        fits = [entry for entry in free if entry[0] >= lengths[i]]
+        if fits:
+            entry = min(fits)
+            free.remove(entry)
+            rows[entry[1]].append(i)
+            free.append((entry[0] - int(lengths[i]), entry[1]))
+        else:
+            rows.append([i])
+            free.append((seq_len - int(lengths[i]), len(rows) - 1))
+            if len(free) > open_rows:
+                free.remove(min(free))
+    return rows
+
+
+class Batches:
+    """Rows of conversations in an order shuffled anew every epoch. Step s depends on the seed and s alone."""
+
+    def __init__(self, data: Conversations, seq_len: int, batch_size: int, epochs: float, packing: bool, seed: int | None,
+                 pad: int, steps: int | None = None):  # fmt: skip
+        """`steps`, where given, decides how many passes there are, in place of `epochs`. seed None keeps the file's order."""
+        self.data, self.seq_len, self.batch_size, self.packing, self.pad = data, seq_len, batch_size, packing, pad
+        self.rows: list[list[int]] = []
+        epoch = 0
+        while len(self.rows) < steps * batch_size if steps else epoch < epochs:
+            order = np.arange(len(data)) if seed is None else np.random.default_rng([seed, epoch]).permutation(len(data))
+            part = 1.0 if steps else min(1.0, epochs - epoch)
+            self.rows += pack(data.lengths, order[: max(1, round(len(data) * part))], seq_len, packing)
+            epoch += 1
+
+    def __len__(self) -> int:
+        return math.ceil(len(self.rows) / self.batch_size)
+
+    def __getitem__(self, step: int) -> list[list[int]]:
+        """The rows of a step, each a list of conversations; past the end, and to fill up the last batch, empty rows."""
+        rows = self.rows[step * self.batch_size : (step + 1) * self.batch_size]
+        return rows + [[]] * (self.batch_size - len(rows))
+
+    def learned(self, rows: list[list[int]]) -> int:
+        return int(sum(self.data.learned[row].sum() for row in rows if row))
+
+    def tensors(self, rows: list[list[int]]) -> dict[str, torch.Tensor]:
+        """[B, T] each: tokens, targets (-100 where nothing is learned), doc_ids, positions (from 0 in every conversation)."""
+        used = max([sum(int(self.data.lengths[i]) for i in row) for row in rows] + [1])
+        width = self.seq_len if self.packing else min(self.seq_len, -(-used // 8) * 8)
+        shape = (len(rows), width)
+        tokens, targets = np.full(shape, self.pad), np.full(shape, IGNORE)
+        doc_ids, positions = np.full(shape, -1), np.zeros(shape, dtype=np.int64)
+        for r, row in enumerate(rows):
+            at = 0
+            for number, i in enumerate(row):
+                ids, mask = self.data[i]
+                end = at + len(ids) - 1
+                tokens[r, at:end] = ids[:-1]
+                targets[r, at:end] = np.where(mask[1:], ids[1:], IGNORE)
+                doc_ids[r, at:end], positions[r, at:end] = number, np.arange(len(ids) - 1)
+                at = end
+        return {name: torch.from_numpy(array) for name, array in
+                (("tokens", tokens), ("targets", targets), ("doc_ids", doc_ids), ("positions", positions))}  # fmt: skip
+
+
+def show_batch(batch: dict, tokenizer: Tokenizer) -> None:
+    """Print the first row: what is read, what it must predict, and whether that counts."""
+    print(f"{'place':>5} {'conv':>4} {'pos':>4} {'id':>6}  {'token':<16} {'learned':<8} target")
+    columns = (batch[name][0].tolist() for name in ("doc_ids", "positions", "tokens", "targets"))
+    for place, (doc, position, token, target) in enumerate(zip(*columns)):
+        if doc < 0:
+            print(f"{place:>5} … padding up to {len(batch['tokens'][0])}")
+            break
+        learned, shown = ("yes", repr(tokenizer.id_to_piece(target))) if target != IGNORE else ("·", "")
+        print(f"{place:>5} {doc:>4} {position:>4} {token:>6}  {tokenizer.id_to_piece(token)!r:<16} {learned:<8} {shown}")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def learning_rate(step: int, steps: int, config: Config) -> float:
+    """Linear warmup, then a cosine to min_lr."""
+    low = config.lr / 10 if config.min_lr is None else config.min_lr
+    warmup = config.warmup * steps if config.warmup < 1 else config.warmup
+    if step < warmup:
+        return config.lr * (step + 1) / (warmup + 1)
+    done = (step - warmup) / max(1, steps - warmup)
+    return low + (config.lr - low) * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+
+
+@torch.no_grad()
+def evaluate(model: Llama, batches: Batches, config: Config, machine: Machine) -> dict:
+    """Loss in nats per answer token over the whole validation file, its rows spread over all ranks."""
+    model.eval()
+    mine = batches.rows[machine.rank :: machine.world]
+    nats = torch.zeros((), dtype=torch.float64)
+    for start in range(0, len(mine), config.micro_batch):
+        batch = {k: v.to(machine.device) for k, v in batches.tensors(mine[start : start + config.micro_batch]).items()}
+        with machine.autocast():
+            nats += model(batch["tokens"], batch["targets"], denominator=1, doc_ids=batch["doc_ids"],
+                          positions=batch["positions"]).cpu()  # fmt: skip
+    model.train()
+    return {"val_loss": machine.sum(nats.float()).item() / batches.data.learned.sum().item()}
+
+
+def write_samples(model: Llama, tokenizer: Tokenizer, template: str, questions: list, path: Path, title: str, machine: Machine) -> str:
+    """Answer the first questions of the validation conversations; append to samples.txt."""
+    prompts = [tokenizer.render(messages, template=template, add_generation_prompt=True)[0] for messages in questions]
+    room = max(1, min(96, model.config.context_length - max(map(len, prompts))))
+    answers: list[list[int]] = [[] for _ in prompts]
+    with machine.autocast():
+        for step in model.generate(prompts, room, temperature=0, stop_ids=tokenizer.stop_ids(template)):
+            for answer, token in zip(answers, step):
+                answer += [] if token is None else [token]
+    lines = [f"{messages[-1]['content']} ▸ {tokenizer.decode(answer)}" for messages, answer in zip(questions, answers)]
+    with path.open("a", encoding="utf-8") as file:
+        file.write("\n".join([f"── {title} " + "─" * 40, *lines, ""]) + "\n")
+    return lines[0].replace("\n", "⏎")
+
+
+def prepare(config: Config, machine: Machine):
+    """Everything that can be wrong with the input is found here, before anything is allocated."""
+    _, llama, tokenizer = open_model_dir(config.init_from, config.rope_scaling, config.rope_factor)
+    template = tokenizer.default_template() if config.template == "auto" else config.template
+    if config.seq_len and config.seq_len > llama.context_length:
+        raise UserError(f"--seq-len {config.seq_len} is longer than the {llama.context_length} tokens this model reads; lower it, "
+                        "or read further with --rope-scaling yarn")
+    if config.batch_size % machine.world:
+        raise UserError(f"--batch-size {config.batch_size} cannot be shared equally by {machine.world} processes")
+    train, val = (config.data / "train.jsonl", config.data / "val.jsonl") if config.data.is_dir() else (config.data, None)
+    if not train.exists():
+        raise UserError(f"--data {config.data} has no train.jsonl; make it: "
+                        f"python data_process.py sft --dataset NAME=PATH --out {config.data}")
+    val = val if val and val.exists() and val.stat().st_size else None
+    return dataclasses.replace(llama, dropout=config.dropout), tokenizer, template, train, val
+
+
+def main(config: Config) -> dict:
+    with Machine(config) as machine, machine.explain_out_of_memory("lower --micro-batch or --seq-len, or add --checkpointing"):
+        llama, tokenizer, template, train_file, val_file = prepare(config, machine)
+        seq_len = config.seq_len or llama.context_length
+        identity = {"data": [file_sha256(file) for file in (train_file, val_file) if file], "tokenizer": tokenizer.fingerprint,
+                    "dtype": DTYPE_NAMES[machine.dtype], "first weights": weights_identity(resolve_model_dir(config.init_from))}
+        try:
+            resume_from = None if config.show_batch else open_run(
+                config.out, config, resume=config.resume, harmless=config.HARMLESS, identity=identity)  # fmt: skip
+        except Finished:
+            machine.print(f"{config.out} is finished: nothing to do. Talk to it: python chat.py --model {config.out}")
+            return {key: value for line in read_metrics(config.out / "metrics.jsonl") for key, value in line.items()}
+        train = Conversations(train_file, tokenizer, template, seq_len, quiet=not machine.main)
+        val = Conversations(val_file, tokenizer, template, seq_len, quiet=True) if val_file else None
+        pad = tokenizer.eos_id if tokenizer.pad_id is None else tokenizer.pad_id
+        batches = Batches(train, seq_len, config.batch_size, config.epochs, config.packing, config.seed, pad, steps=config.steps)
+        steps = config.steps or len(batches)
+        val_batches = Batches(val, seq_len, config.batch_size, 1, config.packing, None, pad) if val else None
+        if config.show_batch:
+            show_batch(batches.tensors(batches[0]), tokenizer)
+            return {"rows": len(batches.rows)}
+
+        if len(set(machine.gather(str(resume_from)))) > 1:
+            raise UserError(f"the processes find different steps in --out {config.out}: all machines must share that directory")
+        if machine.main:
+            machine.hold(lock_run(config.out))
+        if config.fresh_weights:
+            model = Llama(llama).to(machine.device)
+        else:
+            model = load_model(config.init_from, machine.device, torch.float32, config=llama)
+        torch.manual_seed(config.seed + machine.rank)  # the same weights everywhere, but each rank drops out on its own
+        model.checkpointing = config.checkpointing
+        matrices, vectors = ([p for p in model.parameters() if (p.dim() > 1) == wanted] for wanted in (True, False))
+        groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+        optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, config.beta2), fused=machine.device.type in ("cpu", "cuda"))
+        state = {"stage": "sft", "step": 0, "skipped": 0, "tokens": 0}
+        if resume_from:
+            state = load_state(resume_from, stage="sft", model=model, optimizer=optimizer, machine=machine)
+        if machine.main and (resume_from is None or resume_from.parent != config.out):
+            start_run(config.out, config, identity, {"parameters": model.num_parameters(), "device": machine.describe(),
+                                                     "torch": torch.__version__, "template": template})  # fmt: skip
+        metrics = Metrics(machine, config.out / "metrics.jsonl", from_step=state["step"])
+
+        per_rank = config.batch_size // machine.world
+        learned = batches.data.learned.sum() / batches.data.lengths.sum()
+        origin = "random numbers" if config.fresh_weights else config.init_from
+        machine.print(f"model     {human(model.num_parameters())} parameters from {origin}, template {template}")
+        machine.print(f"data      {len(train):,} conversations from {train_file}, {learned:.0%} of their tokens are answers; "
+                      f"{train.truncated:,} cut to {seq_len} tokens, {train.empty:,} without an answer left out")
+        filled = sum(int(train.lengths[i]) for row in batches.rows for i in row) / (len(batches.rows) * seq_len)
+        machine.print(f"          {len(batches.rows):,} rows, {filled:.0%} filled; {steps:,} steps of {config.batch_size} rows")
+        machine.print(f"machine   {machine.describe()}; micro-batches of {min(config.micro_batch, per_rank)}"
+                      + (f"; resuming at step {state['step']:,} from {resume_from}" if resume_from else ""))  # fmt: skip
+        if config.compile:
+            model.compile()
+        network = machine.wrap(model)
+        network.train()
+
+        progress = Progress(machine, metrics, steps=steps, first=state["step"], flops_per_token=model.flops_per_token(seq_len))
+        first, saved = state["step"], resume_from
+        while True:
+            step, stop = state["step"], machine.should_stop()
+            last = step >= steps
+            rate = learning_rate(step, steps, config)
+            with progress.paused():
+                if step > first and (last or stop or step % config.save_every == 0):
+                    saved = save_state(config.out, step, model=model, tokenizer=tokenizer, optimizer=optimizer,
+                                       machine=machine, progress=state, template=template, keep=config.keep)  # fmt: skip
+                if stop and not last:
+                    machine.print(f"stopped at step {step:,}; the same command goes on from {saved or 'the start'}")
+                    break
+                if last or step % config.eval_every == 0:
+                    title = f"step {step:,}"
+                    if val_batches:
+                        result = evaluate(model, val_batches, config, machine)
+                        metrics.write(step=step, tokens=state["tokens"], **result)
+                        title += f", validation loss {result['val_loss']:.3f}"
+                    if machine.main:
+                        questions = (val or train).questions
+                        sample = write_samples(model, tokenizer, template, questions, config.out / "samples.txt", title, machine)
+                        plot_loss(config.out / "metrics.jsonl", config.out / "loss.png", str(config.out))
+                        machine.print(f"   {title} │ {sample[:60]}")
+            if last:
+                break
+
+            # ---- one optimizer step: the lesson --------------------------------------------------------------
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            rows = batches[step]
+            answers = max(1, batches.learned(rows))  # what counts in the whole step, known to every rank without asking
+            mine = rows[machine.rank * per_rank : (machine.rank + 1) * per_rank]
+            micro_batches = [mine[i : i + config.micro_batch] for i in range(0, per_rank, config.micro_batch)]
+            loss = torch.zeros((), device=machine.device)
+            for i, micro in enumerate(micro_batches):
+                batch = {k: v.to(machine.device, non_blocking=True) for k, v in batches.tensors(micro).items()}
+                with machine.no_sync(network, i < len(micro_batches) - 1):
+                    with machine.autocast():
+                        part = network(batch["tokens"], batch["targets"], denominator=answers / machine.world,
+                                       doc_ids=batch["doc_ids"], positions=batch["positions"])  # fmt: skip
+                    machine.scaler.scale(part).backward()
+                loss += part.detach()
+            machine.scaler.unscale_(optimizer)
+            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip)
+            finite = bool(torch.isfinite(norm))
+            if finite:
+                machine.scaler.step(optimizer)
+            machine.scaler.update()
+            optimizer.zero_grad(set_to_none=True)
+            # ---------------------------------------------------------------------------------------------------
+
+            tokens = sum(int(train.lengths[i]) for row in rows for i in row)
+            state["step"], state["tokens"] = step + 1, state["tokens"] + tokens
+            step += 1
+            count_skipped(machine, state, finite, config.out)
+            progress.step(tokens)
+            if step % config.log_every == 0 or step in (first + 1, steps):
+                progress.log(step, tokens=state["tokens"], loss=loss, lr=rate, norm=norm)
+        progress.bar.close()
+        if last and machine.main:
+            save_model(model, config.out, tokenizer, dtype=DTYPES[config.save_dtype], template=template)
+            machine.print(f"done: {config.out}. Next: python chat.py --model {config.out}")
+        machine.barrier()
+        return metrics.last
+
+
+if __name__ == "__main__":
+    command_line(main, Config, description=__doc__)

@@ -1,0 +1,291 @@
+"""pretrain.py: one process = two, resumed = uninterrupted, small micro-batches = large ones, every mistake one line."""
+
+from __future__ import annotations
+
+from settings import UserError
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import pretrain
+from checkpoint import load_model, save_model
+from model import Llama, LlamaConfig
+from pretrain import Batches, Config, document_ids, learning_rate, main, shuffled
+from runtime import read_metrics
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def tiny_config(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("config") / "config.json"
+    LlamaConfig(vocab_size=400, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+                num_key_value_heads=2, max_position_embeddings=32).to_json(path)  # fmt: skip
+    return path
+
+
+@pytest.fixture
+def settings(tiny_config, data_dir, tmp_path) -> dict:
+    return dict(data=data_dir, model=str(tiny_config), out=tmp_path / "run", steps=12, batch_size=8, micro_batch=4, lr=5e-3,
+                dtype="fp32", device="cpu", dropout=0.1, log_every=1, eval_every=6, save_every=5)  # fmt: skip
+
+
+def losses(out: Path) -> list[float]:
+    return [line["loss"] for line in read_metrics(out / "metrics.jsonl") if "loss" in line]
+
+
+def validation(out: Path) -> list[tuple]:
+    return [(line["step"], line["val_loss"]) for line in read_metrics(out / "metrics.jsonl") if "val_loss" in line]
+
+
+def same_weights(a: Path, b: Path) -> bool:
+    return all(torch.equal(x, y) for x, y in zip(load_model(a).parameters(), load_model(b).parameters(), strict=True))
+
+
+def run(script: str, *arguments, torchrun: int = 0) -> subprocess.Popen:
+    command = [sys.executable, script] if not torchrun else [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={torchrun}", script]  # fmt: skip
+    return subprocess.Popen([*command, *map(str, arguments)], cwd=REPOSITORY, text=True, stdout=subprocess.PIPE,
+                            stderr=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"})  # fmt: skip
+
+
+def terminating(schedule, at: int):
+    """The schedule, and SIGTERM to this very process while step `at` is under way."""
+    def wrapped(step, *rest):
+        if step == at:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return schedule(step, *rest)
+    return wrapped
+
+
+def flags(settings: dict) -> list[str]:
+    return [word for key, value in settings.items() for word in (f"--{key}", str(value))]
+
+
+# ---- data ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 16, 17, 100, 1000])
+def test_shuffled_is_a_permutation_that_the_key_changes(n):
+    orders = [[shuffled(i, n, key) for i in range(n)] for key in (0, 1)]
+    assert all(sorted(order) == list(range(n)) for order in orders)
+    if n >= 16:
+        assert orders[0] != orders[1] and orders[0] != list(range(n))
+        assert np.corrcoef(orders[0], range(n))[0, 1] < 0.7
+
+
+def test_every_window_is_read_once_per_epoch():
+    batches = Batches(np.arange(100, dtype=np.uint16), seq_len=4, batch_size=3, seed=5)
+    assert batches.windows == 20
+    read = np.concatenate([batches[step] for step in range(20)])  # three epochs
+    for epoch in range(3):
+        firsts = sorted(read[epoch * 20 : (epoch + 1) * 20, 0])
+        assert firsts == list(range(0, 100, 5))
+    assert all((row == row[0] + np.arange(5)).all() for row in read)
+
+
+def test_document_ids_change_after_eos():
+    assert document_ids(torch.tensor([[5, 2, 7, 8, 2, 2, 9]]), 2).tolist() == [[0, 0, 1, 1, 1, 2, 3]]
+
+
+def test_schedules():
+    config = Config(lr=1.0, warmup=10, min_lr=0.1)
+    assert learning_rate(0, 100, config) == pytest.approx(1 / 11)
+    assert learning_rate(10, 100, config) == pytest.approx(1.0)
+    assert learning_rate(55, 100, config) == pytest.approx(0.55)
+    assert learning_rate(100, 100, config) == pytest.approx(0.1)
+    stable = Config(lr=1.0, warmup=0.1, min_lr=0.0, schedule="wsd", decay_part=0.2)
+    assert [round(learning_rate(s, 100, stable), 3) for s in (10, 50, 80, 90, 100)] == [1, 1, 1, 0.5, 0]
+
+
+# ---- runs ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_learns_and_leaves_everything(settings, capsys):
+    result = main(Config(**{**settings, "steps": 40, "dropout": 0.0}))
+    out = settings["out"]
+    curve = losses(out)
+    assert len(curve) == 40 and curve[0] == pytest.approx(math.log(400), rel=0.05) and curve[-1] < curve[0] - 0.8
+    assert result["val_loss"] < curve[0] - 0.8 and 0 < result["val_bpb"] < 8
+    assert {p.name for p in out.iterdir()} >= {"config.json", "model.safetensors", "tokenizer.model", "args.json", "metrics.jsonl",
+                                               "loss.png", "samples.txt", "step-000040"}  # fmt: skip
+    assert (out / "loss.png").read_bytes()[:4] == b"\x89PNG" and "step 40" in (out / "samples.txt").read_text("utf-8")
+    assert json.loads((out / "args.json").read_text())["lr"] == settings["lr"]
+    assert "tokens/s" in capsys.readouterr().out
+    main(Config(**{**settings, "steps": 40, "dropout": 0.0}))
+    assert "finished: nothing to do" in capsys.readouterr().out
+    assert len(losses(out)) == 40
+
+
+def test_validation_loss_does_not_depend_on_the_micro_batch_and_bits_per_byte_follow(settings, data_dir):
+    settings["dropout"] = 0.0
+    result = main(Config(**{**settings, "steps": 1, "eval_tokens": 10**6}))
+    other = main(Config(**{**settings, "steps": 1, "eval_tokens": 10**6, "micro_batch": 3, "out": settings["out"].with_name("b")}))
+    assert result["val_loss"] == pytest.approx(other["val_loss"], rel=1e-6)
+    val = json.loads((data_dir / "meta.json").read_text())["splits"]["val"]
+    assert result["val_bpb"] == pytest.approx(result["val_loss"] / math.log(2) * val["tokens"] / val["bytes"], rel=1e-5)
+
+
+@pytest.mark.parametrize("extra", [{"micro_batch": 8}, {"micro_batch": 3}, {"checkpointing": True}], ids=str)
+def test_micro_batches_and_checkpointing_change_nothing(settings, extra):
+    settings["dropout"] = 0.0
+    main(Config(**settings))
+    other = {**settings, "out": settings["out"].with_name("other"), **extra}
+    main(Config(**other))
+    assert losses(other["out"]) == pytest.approx(losses(settings["out"]), abs=1e-5)
+
+
+@pytest.mark.parametrize("at", [3, 7])
+def test_stopped_and_resumed_equals_uninterrupted_bit_for_bit(settings, monkeypatch, capsys, at):
+    main(Config(**settings))
+    other = {**settings, "out": settings["out"].with_name("other")}
+    real = pretrain.learning_rate
+    monkeypatch.setattr(pretrain, "learning_rate", terminating(real, at))
+    main(Config(**other))
+    assert f"stopped at step {at + 1}" in capsys.readouterr().out
+    monkeypatch.setattr(pretrain, "learning_rate", real)
+    main(Config(**{**other, "micro_batch": 4, "log_every": 1}))
+    assert losses(other["out"]) == losses(settings["out"]) and validation(other["out"]) == validation(settings["out"])
+    assert same_weights(settings["out"], other["out"])
+
+
+def test_resuming_from_a_named_step_goes_to_a_new_directory(settings):
+    main(Config(**settings))
+    other = {**settings, "out": settings["out"].with_name("branch"), "resume": str(settings["out"] / "step-000010")}
+    main(Config(**other))
+    assert losses(other["out"]) == losses(settings["out"])[10:]
+    assert same_weights(settings["out"], other["out"])
+    with pytest.raises(UserError, match="already holds something"):
+        main(Config(**{**other, "resume": str(settings["out"])}))
+
+
+def test_continued_pretraining_starts_where_the_model_was(settings, capsys):
+    first = main(Config(**{**settings, "dropout": 0.0}))
+    base = settings["out"]
+    again = {**settings, "out": base.with_name("next"), "init_from": base, "steps": 2, "lr": 1e-9, "dropout": 0.0}
+    second = main(Config(**again))
+    assert second["val_loss"] == pytest.approx(first["val_loss"], abs=1e-4)
+    longer = {**again, "out": base.with_name("long"), "rope_scaling": "yarn", "rope_factor": 4.0, "seq_len": 100}
+    main(Config(**longer))
+    config = LlamaConfig.from_json(longer["out"])
+    assert config.max_position_embeddings == 128 and config.rope_scaling["original_max_position_embeddings"] == 32
+    with pytest.raises(UserError, match=r"--seq-len 100 is longer than the 32 tokens"):
+        main(Config(**{**longer, "rope_scaling": "none", "out": base.with_name("x")}))
+
+
+def test_doc_mask_runs_and_compile_compiles(settings, monkeypatch):
+    settings.update(steps=2, doc_mask=True, dropout=0.0)
+    main(Config(**settings))
+    compiled = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, *a, **k: compiled.append(self))
+    other = {**settings, "out": settings["out"].with_name("compiled"), "compile": True}
+    main(Config(**other))
+    assert len(compiled) == 1 and losses(other["out"]) == losses(settings["out"])
+
+
+def test_ten_bad_steps_in_a_row_stop_the_run(settings, capsys):
+    with pytest.raises(UserError, match="ten steps in a row"):
+        main(Config(**{**settings, "steps": 30, "lr": 1e30, "warmup": 0}))
+    assert "step skipped (10 in a row)" in capsys.readouterr().out
+
+
+# ---- processes as users start them -----------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_two_processes_equal_one(settings):
+    settings["dropout"] = 0.0
+    main(Config(**settings))
+    other = {**settings, "out": settings["out"].with_name("two")}
+    process = run("pretrain.py", *flags(other), torchrun=2)
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    assert losses(other["out"]) == pytest.approx(losses(settings["out"]), abs=1e-5)
+    ours, theirs = (read_metrics(s["out"] / "metrics.jsonl")[-1]["val_loss"] for s in (settings, other))
+    assert ours == pytest.approx(theirs, abs=1e-5)
+    assert out.count("done:") == 1  # rank 0 alone speaks
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("torchrun", [0, 2])
+def test_killed_and_resumed_equals_uninterrupted(settings, torchrun):
+    settings.update(steps=60, save_every=4, log_every=1, eval_every=100)
+    whole = run("pretrain.py", *flags(settings), torchrun=torchrun)
+    assert whole.wait(300) == 0, whole.stderr.read()
+    other = {**settings, "out": settings["out"].with_name("killed")}
+    process = run("pretrain.py", *flags(other), torchrun=torchrun)
+    deadline = time.time() + 200
+    while len(losses(other["out"])) < 9 and time.time() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL if not torchrun else signal.SIGTERM)
+    process.wait(60)
+    assert 9 <= len(losses(other["out"])) < 60
+    again = run("pretrain.py", *flags(other), torchrun=torchrun)
+    out, err = again.communicate(timeout=300)
+    assert again.returncode == 0, err
+    assert "resuming at step" in out
+    assert losses(other["out"]) == losses(settings["out"]) and validation(other["out"]) == validation(settings["out"])
+    assert same_weights(settings["out"], other["out"])
+
+
+def test_mistakes_are_one_line_and_exit_2(settings, tmp_path):
+    process = run("pretrain.py", "--data", tmp_path / "nothing", "--out", tmp_path / "out")
+    out, err = process.communicate(timeout=100)
+    assert process.returncode == 2 and out == "" and err.count("\n") == 1
+    assert err.startswith("error: --data") and "python data_process.py textbook" in err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("change, message", [
+    ({"model": "93m"}, "--model 93m is neither a preset"),
+    ({"lr": -1.0, "batch_size": 0}, "--batch-size must be above 0.*--lr must be above 0"),
+    ({"steps": 0}, "--steps must be at least 1"),
+    ({"lr": float("nan"), "beta2": 1.5, "seed": -1, "min_lr": -5.0}, "--lr must.*--min-lr must.*--seed must.*--beta2 must be below 1"),
+    ({"dropout": 1.5}, "--dropout"),
+])  # fmt: skip
+def test_bad_settings_are_named_together(settings, change, message):
+    import re
+
+    problems = "; ".join(Config(**{**settings, **change}).problems())
+    assert re.search(message, problems), problems
+
+
+def test_inputs_that_do_not_fit(settings, tmp_path, data_dir, corpus):
+    with pytest.raises(UserError, match="fewer than one sequence"):
+        (tmp_path / "short.bin").write_bytes(np.arange(20, dtype=np.uint16).tobytes())
+        main(Config(**{**settings, "data": tmp_path / "short.bin", "tokenizer": data_dir}))
+    with pytest.raises(UserError, match="say which --tokenizer"):
+        main(Config(**{**settings, "data": tmp_path / "short.bin"}))
+    import tokenizer
+
+    other = tmp_path / "other"
+    tokenizer.train([corpus], vocab_size=380, out=other)
+    with pytest.raises(UserError, match="another tokenizer"):
+        main(Config(**{**settings, "tokenizer": other}))
+    base = tmp_path / "base"
+    save_model(Llama(LlamaConfig(vocab_size=400, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2,
+                                 num_key_value_heads=2)), base, tokenizer.load_tokenizer(other))  # fmt: skip
+    with pytest.raises(UserError, match="another tokenizer"):  # the data fits the vocabulary, but not the model's tokenizer
+        main(Config(**{**settings, "init_from": base}))
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").write_text("x")
+    with pytest.raises(UserError, match="not a run of ours"):
+        main(Config(**{**settings, "out": tmp_path / "mine"}))
+    main(Config(**{**settings, "steps": 1}))
+    with pytest.raises(UserError, match=r"--steps was 1 and is 2"):
+        main(Config(**{**settings, "steps": 2}))
+    with pytest.raises(UserError, match=r"--dtype was fp32 and is bf16; dtype has changed"):
+        main(Config(**{**settings, "steps": 1, "dtype": "bf16"}))
+    with pytest.raises(UserError, match="is not a directory"):
+        main(Config(**{**settings, "out": tmp_path / "mine" / "thesis.tex"}))
+    assert [p.name for p in (tmp_path / "mine").iterdir()] == ["thesis.tex"]

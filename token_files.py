@@ -1,0 +1,213 @@
+"""Token files: the format between data_process.py, which writes it, and the trainers, which read it.
+
+A token directory holds `train.bin` and `val.bin` (little-endian token ids, nothing else: each document is
+[bos +] ids + eos), `meta.json` and a copy of the tokenizer. `open_tokens` reads it and checks it; `TokenWriter` writes it
+such that a killed preparation goes on where it was.
+"""
+
+from __future__ import annotations
+
+from settings import UserError, read_json
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from files import file_sha256, write_json
+
+FORMAT = "cria-tokens-1"
+SPLITS = ("train", "val")
+CHUNKS_PER_SAVE = 64  # progress is made durable once per so many chunks
+
+def token_dtype(vocab_size: int) -> np.dtype:
+    """The smallest of uint16 and uint32 (little-endian on disk, whatever the machine) that holds every id."""
+    return np.dtype("<u2") if vocab_size <= 1 << 16 else np.dtype("<u4")
+
+
+def pack_ids(ids: list[int], vocab_size: int) -> np.ndarray:
+    """Ids -> the array that goes to disk. Raises ValueError for an id outside the vocabulary: it is never written."""
+    wide = np.fromiter(ids, dtype=np.int64, count=len(ids))
+    if wide.size and not 0 <= wide.min() <= wide.max() < vocab_size:
+        bad = wide[(wide < 0) | (wide >= vocab_size)][0]
+        raise ValueError(f"the tokenizer made the id {bad}, outside its vocabulary of {vocab_size}")
+    return wide.astype(token_dtype(vocab_size))
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """One split of a token directory, mapped into memory read-only, or a bare uint16 file."""
+
+    path: Path  # the .bin file
+    split: str
+    tokens: np.memmap  # [N] token ids
+    meta: dict  # meta.json; for a bare file only {"dtype": "uint16"}
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    @property
+    def max_id(self) -> int:
+        """The largest id in the file: from meta.json, or by reading through a bare file."""
+        if "splits" in self.meta:
+            return self.meta["splits"][self.split]["max_id"]
+        step = 1 << 24
+        return max(int(self.tokens[at : at + step].max()) for at in range(0, len(self.tokens), step))
+
+    def check_model(self, tokenizer_fingerprint: str | None, vocab_size: int) -> None:
+        """Raise UserError if these ids belong to another tokenizer or do not fit the model's vocabulary.
+
+        A bare file does not say which tokenizer made it; then only the ids can be checked. None skips the comparison.
+        """
+        made_by = self.meta.get("tokenizer_sha256")
+        if tokenizer_fingerprint and made_by and made_by != tokenizer_fingerprint:
+            raise UserError(
+                f"{self.path.parent} was made with another tokenizer (sha256 {made_by[:12]}…) than this one "
+                f"({tokenizer_fingerprint[:12]}…): use that tokenizer, or prepare the data again with this one"
+            )
+        if self.max_id >= vocab_size:
+            raise UserError(
+                f"{self.path} holds the id {self.max_id}, but the model's vocabulary has only {vocab_size} entries: "
+                "the data was made with another tokenizer"
+            )
+
+    def verify(self) -> None:
+        """Read the whole file and compare its checksum: UserError if a byte has changed. A bare file has none."""
+        expected = self.meta.get("splits", {}).get(self.split, {}).get("sha256")
+        if expected and file_sha256(self.path) != expected:
+            raise UserError(f"{self.path} is damaged: its sha256 is not the one in meta.json; prepare the data again")
+
+
+def open_tokens(path: str | Path, split: str = "train") -> Tokens | None:
+    """Open a split of a token directory, or a bare uint16 .bin file as Baby-Llama2-Chinese writes them.
+
+    None if the data has no validation split (a bare file, or made with --val-fraction 0). Raises UserError if the
+    directory is missing, of another kind, or shorter than meta.json says.
+    """
+    path = Path(path)
+    if path.is_file() and path.stem in SPLITS and (path.parent / "meta.json").is_file():
+        path, split = path.parent, path.stem
+    if path.is_file():
+        return _open_bare(path) if split == "train" else None
+    if not (path / "meta.json").is_file():
+        raise UserError(
+            f"{path} " + ("holds no meta.json, so no token data" if path.is_dir() else "does not exist")
+            + f"; make it: python data_process.py pretrain --corpus NAME=PATH --tokenizer DIR --out {path}"
+        )
+    meta = read_json(path / "meta.json")
+    if meta.get("format") != FORMAT:
+        raise UserError(f"{path / 'meta.json'}: the format is {meta.get('format')!r}, not {FORMAT!r} (token data)")
+    if split not in meta["splits"]:
+        return None
+    file, dtype = path / f"{split}.bin", np.dtype(meta["dtype"]).newbyteorder("<")
+    size = file.stat().st_size if file.is_file() else 0
+    expected = meta["splits"][split]["tokens"] * dtype.itemsize
+    if size != expected:
+        raise UserError(
+            f"{file} has {size:,} bytes, but meta.json says {expected:,}: it is cut off or does not belong here; "
+            "prepare the data again"
+        )
+    return Tokens(file, split, np.memmap(file, dtype=dtype, mode="r"), meta)
+
+
+def _open_bare(path: Path) -> Tokens:
+    size = path.stat().st_size
+    if size == 0 or size % 2:
+        raise UserError(f"{path} has {size:,} bytes; a bare token file holds two per id, and at least one id")
+    return Tokens(path, "train", np.memmap(path, dtype="<u2", mode="r"), {"dtype": "uint16"})
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Writing: what survives a kill
+
+
+class TokenWriter:
+    """Appends to OUT.partial/{train,val}.bin and keeps progress.json, from which a later run goes on.
+
+    progress.json is replaced after the bytes it speaks of are on the disk; what lies behind them is cut off again.
+    """
+
+    def __init__(self, folder: Path, settings: dict, sources: int):
+        self.folder, self.settings = folder, settings
+        self.progress_file = folder / "progress.json"
+        self.chunks_done = 0
+        self.totals: list[dict] = [{} for _ in range(sources)]  # per source: split -> counts
+        sizes = dict.fromkeys(SPLITS, 0)
+        if self.progress_file.is_file():
+            saved = read_json(self.progress_file)
+            refuse_other_settings(folder, saved["settings"], settings)
+            self.chunks_done, self.totals, sizes = saved["chunks"], saved["totals"], saved["sizes"]
+        folder.mkdir(parents=True, exist_ok=True)
+        self.files = {}
+        for split in SPLITS:
+            self.files[split] = stream = open(folder / f"{split}.bin", "ab")  # noqa: SIM115 (closed in close)
+            if stream.tell() < sizes[split]:
+                raise UserError(f"{stream.name} is shorter than progress.json says; remove {folder} and start again")
+            stream.truncate(sizes[split])
+        if not self.chunks_done:
+            self.save()
+
+    def append(self, source: int, parts: dict[str, tuple[bytes, dict]]) -> None:
+        for split, (data, counts) in parts.items():
+            self.files[split].write(data)
+            total = self.totals[source].setdefault(split, dict.fromkeys(counts, 0))
+            for name, count in counts.items():
+                total[name] = max(total[name], count) if name == "max_id" else total[name] + count
+        self.chunks_done += 1
+        if self.chunks_done % CHUNKS_PER_SAVE == 0:
+            self.save()
+
+    def save(self) -> None:
+        for stream in self.files.values():
+            stream.flush()
+            os.fsync(stream.fileno())
+        sizes = {split: stream.tell() for split, stream in self.files.items()}
+        progress = {"settings": self.settings, "chunks": self.chunks_done, "sizes": sizes, "totals": self.totals}
+        write_json(self.progress_file, progress)
+
+    def close(self) -> None:
+        for stream in self.files.values():
+            stream.close()
+
+    def split_totals(self) -> dict[str, dict]:
+        """The counts over all sources, per split that has a document."""
+        sums: dict[str, dict] = {}
+        for split in SPLITS:
+            parts = [total[split] for total in self.totals if split in total]
+            if parts:
+                sums[split] = {name: sum(part[name] for part in parts) for name in parts[0]}
+                sums[split]["max_id"] = max(part["max_id"] for part in parts)
+        return sums
+
+
+def refuse_other_settings(where: Path, old: dict, new: dict) -> None:
+    """Raise UserError that names every setting in which `where` differs from what is asked for now."""
+    old, new = _flat(old), _flat(new)
+    changed = [f"{key} was {old.get(key, 'absent')}, is {new.get(key, 'absent')}"
+               for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
+    if changed:
+        changes = "; ".join(changed)
+        raise UserError(f"{where} was made with other settings ({changes}): choose another --out or remove it")
+
+
+def _flat(tree, prefix: str = "") -> dict:
+    """{"a": {"b": 1}, "c": [2]} -> {"a.b": 1, "c.0": 2}"""
+    if not isinstance(tree, (dict, list)):
+        return {prefix: tree}
+    items = tree.items() if isinstance(tree, dict) else enumerate(tree)
+    return {k: v for key, value in items for k, v in _flat(value, f"{prefix}.{key}" if prefix else str(key)).items()}
+
+
+def finished(out: Path, settings: dict, format: str) -> dict | None:
+    """meta.json if OUT holds the finished result of the same settings, None if OUT is free. UserError otherwise."""
+    if not out.exists():
+        return None
+    meta_file = out / "meta.json"
+    meta = read_json(meta_file) if meta_file.is_file() else {}
+    if meta.get("format") != format:
+        raise UserError(f"{out} already exists and holds something else; choose another --out or remove it")
+    refuse_other_settings(out, meta["settings"], settings)
+    (out / "progress.json").unlink(missing_ok=True)
+    print(f"{out} is already complete, made with the same settings from the same files: nothing to do")
+    return meta
