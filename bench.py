@@ -3,7 +3,7 @@
     python bench.py train  --model 92m --against transformers --markdown    # training steps: tokens/s, MFU, peak memory
     python bench.py loss   --model 92m                                      # our loss, torch's fused one, the plain one
     python bench.py decode --model 92m --against transformers               # reading a prompt, writing an answer
-    python bench.py data   --tokenizer out/tokenizer --input big.txt --workers 1 2
+    python bench.py data   --tokenizer out/tokenizer --input big.txt --sides sentencepiece 1 2 1+clean 2+clean
 
 Every measurement is a process of its own, so that neither memory nor caches carry over, and the sides take turns:
 A B A B … A slow minute of the machine then hits both. What is printed is the median over repeats, the spread between
@@ -19,8 +19,10 @@ import contextlib
 import dataclasses
 import importlib.util
 import json
+import multiprocessing
 import os
 import platform
+import re
 import subprocess
 import sys
 import tempfile
@@ -37,13 +39,14 @@ from torch import nn
 from tqdm import tqdm
 
 from checkpoint import resolve_model_dir
-from data_process import PretrainConfig, pretrain
+from data_process import PretrainConfig, prepare
 from files import write_json
 from model import IGNORE, PRESETS, Llama, LlamaConfig, linear_cross_entropy
 from runtime import Machine, human, peak_rss
 from tables import markdown_table, print_table
 
 GIB = 2**30
+DATA_SIDE = re.compile(r"(?P<bare>sentencepiece)(\*(?P<processes>[1-9]\d*))?|(?P<workers>[1-9]\d*)(\+(?P<extra>clean|minhash))?")
 MAY_BE_ZERO = ("seed", "warmup", "peak_tflops")
 
 
@@ -127,12 +130,15 @@ class DecodeConfig(ModelConfig):
 class DataConfig(Config):
     tokenizer: Path = flag(help="directory with tokenizer.model or tokenizer.json, or such a file")
     input: tuple[str, ...] = flag(help='text files, one document per line; .jsonl: {"text": "…"} per line')
-    workers: tuple[str, ...] = flag(("1",), "numbers of processes to compare; a small input is encoded by fewer")
+    sides: tuple[str, ...] = flag(("sentencepiece", "1", "1+clean"), "what to compare: `2`, the whole of data_process.py pretrain "
+                                  "with 2 workers (a small input is encoded by fewer); `2+clean`, with cleaning and exact "
+                                  "deduplication; `2+minhash`, with near deduplication too; `sentencepiece`, a bare loop over "
+                                  "the texts in memory, `sentencepiece*2` in two processes")  # fmt: skip
 
     def problems(self) -> list[str]:
         found = super().problems() + [f"--input {path} is no file" for path in self.input if not Path(path).is_file()]
-        return found + [f"--workers {n}: a whole number of at least 1 is needed" for n in self.workers
-                        if not (n.isdecimal() and int(n))]  # fmt: skip
+        return found + [f"--sides {side}: sentencepiece[*N] or N[+clean|+minhash] is needed" for side in self.sides
+                        if not DATA_SIDE.fullmatch(side)]  # fmt: skip
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -303,16 +309,53 @@ def decode_worker(config: DecodeConfig, side: str) -> dict:
 
 
 def data_worker(config: DataConfig, side: str) -> dict:
-    """The whole of `data_process.py pretrain`: reading, encoding, writing, checksums. `side`: the number of workers."""
+    """The whole of `data_process.py pretrain` (reading, encoding, writing, checksums), or the bare loop that it is measured by."""
+    side = DATA_SIDE.fullmatch(side)
+    if side["bare"]:
+        return bare_worker(config, int(side["processes"] or 1))
     corpora = tuple(f"{'jsonl' if Path(path).suffix == '.jsonl' else 'lines'}={path}" for path in config.input)
+    steps = {None: {"dedup": "none", "without": ("all",)}, "clean": {"dedup": "exact"}, "minhash": {"dedup": "minhash"}}
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):
         job = PretrainConfig(corpus=corpora, tokenizer=Path(config.tokenizer), out=Path(folder) / "data",
-                             workers=int(side), val_fraction=0.0)  # fmt: skip
+                             workers=int(side["workers"]), val_fraction=0.0, **steps[side["extra"]])  # fmt: skip
         start = time.perf_counter()
-        counts = pretrain(job)["splits"]["train"]
+        source = prepare(job)["sources"]
         seconds = time.perf_counter() - start
-    return {"seconds": seconds, "bytes": counts["bytes"], "tokens": counts["tokens"], "peak_memory": peak_rss(),
-            "device": "", "versions": ""}  # fmt: skip
+        counts = json.loads((job.out / "meta.json").read_text(encoding="utf-8"))["splits"]["train"]
+    return {"seconds": seconds, "bytes": sum(part["input_bytes"] for part in source), "tokens": counts["tokens"],
+            "peak_memory": peak_rss() + peak_rss(children=True), "device": "", "versions": ""}  # fmt: skip
+
+
+def bare_worker(config: DataConfig, processes: int) -> dict:
+    """sentencepiece's own encode() over the same texts, which are in memory before the clock starts."""
+    texts = []
+    for path in config.input:
+        with open(path, encoding="utf-8") as file:
+            texts += [json.loads(line)["text"] if path.endswith(".jsonl") else line for line in file if not line.isspace()]
+    model = next(Path(config.tokenizer).glob("*.model"), None) if Path(config.tokenizer).is_dir() else Path(config.tokenizer)
+    if model is None:
+        raise UserError(f"{config.tokenizer} holds no sentencepiece model to compare with")
+    context = multiprocessing.get_context("spawn")
+    share, queue, ready = len(texts) // processes + 1, context.Queue(), context.Barrier(processes)
+    parts = [context.Process(target=_bare_loop, args=(str(model), texts[at * share : (at + 1) * share], ready, queue))
+             for at in range(processes)]  # fmt: skip
+    for part in parts:
+        part.start()
+    done = [queue.get() for _ in parts]
+    for part in parts:
+        part.join()
+    return {"seconds": max(seconds for seconds, _ in done), "bytes": sum(os.path.getsize(path) for path in config.input),
+            "tokens": sum(tokens for _, tokens in done), "peak_memory": peak_rss(), "device": "", "versions": ""}  # fmt: skip
+
+
+def _bare_loop(model: str, texts: list[str], ready, queue) -> None:
+    import sentencepiece
+
+    processor = sentencepiece.SentencePieceProcessor(model_file=model)
+    ready.wait()
+    start = time.perf_counter()
+    tokens = sum(len(processor.encode(text)) for text in texts)
+    queue.put((time.perf_counter() - start, tokens))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -445,7 +488,7 @@ def decode(config: DecodeConfig) -> dict:
 
 
 def data(config: DataConfig) -> dict:
-    runs = take_turns("data", config, list(config.workers))
+    runs = take_turns("data", config, list(config.sides))
     rows, summary = [], {}
     for side, results in runs.items():
         seconds = middle(results, "seconds")
@@ -454,7 +497,14 @@ def data(config: DataConfig) -> dict:
         rows.append((side, f"{seconds:.2f}", spread(results), f"{megabytes / seconds:.2f}", human(tokens / seconds),
                      f"{middle(results, 'peak_memory') / GIB:.2f}"))  # fmt: skip
     title = f"{megabytes:,.1f} MB of text to {tokens:,} tokens, tokenizer {config.tokenizer}"
-    header = ("workers", "seconds", "spread", "MB/s", "tokens/s", "peak GiB of the main process")
+    header = ("side", "seconds", "spread", "MB/s", "tokens/s", "peak GiB, main + largest worker")
+    if len(config.sides) > 1:
+        first = config.sides[0]
+        header = (*header, f"speed / {first}")
+        base = summary[first]["mb_per_s"]
+        for side, row in zip(runs, rows):
+            summary[side]["relative"] = summary[side]["mb_per_s"] / base
+            rows[rows.index(row)] = (*row, f"{summary[side]['relative']:.2f}")
     return report(config, title, header, rows, runs, summary)
 
 

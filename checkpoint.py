@@ -28,7 +28,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from files import file_sha256, fsync_directory, write_json, written_beside
+from files import file_sha256, fsync_directory, lock, write_json, written_beside
 from model import Llama, LlamaConfig
 from tokenizer import Tokenizer, load_tokenizer
 
@@ -245,17 +245,7 @@ def _as_json(value):
 
 def lock_run(out: Path):
     """Reserve the run for this process: the lock is the returned open file, and ends with it. UserError if it is taken."""
-    out.mkdir(parents=True, exist_ok=True)
-    file = (out / ".lock").open("w")
-    if os.name == "posix":
-        import fcntl
-
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            file.close()
-            raise UserError(f"another process is training in --out {out}; wait for it, or choose another directory") from None
-    return file
+    return lock(out / ".lock", f"another process is training in --out {out}; wait for it, or choose another directory")
 
 
 def start_run(out: Path, config, identity: dict, facts: dict) -> None:

@@ -36,6 +36,28 @@ def written_beside(path: Path):
         raise
 
 
+def lock(path: Path, refusal: str):
+    """Reserve what a lock file stands for: the lock is the returned open file, and ends with it or with the process.
+
+    Raises UserError(refusal) if another process holds it. Where there is no flock (Windows) nothing is locked.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    while True:
+        file = path.open("w")
+        if os.name != "posix":
+            return file
+        import fcntl
+
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            file.close()
+            raise UserError(refusal) from None
+        if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
+            return file
+        file.close()  # the process before us removed this file between our open and our lock: it would lock nobody out
+
+
 def write_text(path: Path, text: str) -> None:
     with written_beside(path) as temporary:
         temporary.write_text(text, encoding="utf-8")

@@ -32,13 +32,15 @@ class UserError(Exception):
 # Settings: a frozen dataclass is the only place where a default and its explanation stand.
 
 
-def flag(default=dataclasses.MISSING, help: str = "", choices: tuple | None = None):
+def flag(default=dataclasses.MISSING, help: str = "", choices: tuple | None = None, positional: bool = False):
     """A dataclass field that is also a command-line flag. Without a default the flag is required.
+
+    `positional`: given as a bare word, `look data/sft`, not as `--data data/sft`; at most one field of a class.
 
     The flag's type is the field's annotation: int, float, str, bool (`--x` / `--no-x`), Path, `T | None`,
     or `tuple[str, ...]` (one or more values).
     """
-    return dataclasses.field(default=default, metadata={"help": help, "choices": choices})
+    return dataclasses.field(default=default, metadata={"help": help, "choices": choices, "positional": positional})
 
 
 def parse_config(config_class, argv=None, *, description: str = "", prog: str | None = None):
@@ -79,7 +81,8 @@ def parse_config(config_class, argv=None, *, description: str = "", prog: str | 
     settings.update({key: value for key, value in vars(values).items() if key != "config" and value is not _UNSET})
     for name, field in fields.items():
         if name not in settings and field.default is dataclasses.MISSING:
-            problems.append(f"{_flag_name(name)} is required: {field.metadata['help']}")
+            shown = name.upper() if field.metadata.get("positional") else _flag_name(name)
+            problems.append(f"{shown} is required: {field.metadata['help']}")
             settings[name] = None
     config = config_class(**{name: _from_json(value, hints[name]) for name, value in settings.items()})
     if hasattr(config, "problems") and None not in [settings.get(name, ()) for name, f in fields.items()
@@ -219,7 +222,9 @@ def _add_flag(parser, field, hint):
         shown = " ".join(map(str, field.default)) if isinstance(field.default, tuple) else field.default
         text += f" [{ {True: 'on', False: 'off'}.get(shown, shown) if isinstance(shown, bool) else shown}]"
     options = dict(default=_UNSET, help=text, choices=field.metadata.get("choices"))
-    if hint is bool:
+    if field.metadata.get("positional"):
+        parser.add_argument(field.name, nargs="?", type=Path if hint is Path else str, metavar=field.name.upper(), **options)
+    elif hint is bool:
         options.pop("choices")
         parser.add_argument(_flag_name(field.name), action=argparse.BooleanOptionalAction, **options)
     elif typing.get_origin(hint) is tuple:

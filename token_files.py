@@ -1,25 +1,24 @@
 """Token files: the format between data_process.py, which writes it, and the trainers, which read it.
 
 A token directory holds `train.bin` and `val.bin` (little-endian token ids, nothing else: each document is
-[bos +] ids + eos), `meta.json` and a copy of the tokenizer. `open_tokens` reads it and checks it; `TokenWriter` writes it
-such that a killed preparation goes on where it was.
+[bos +] ids + eos), `meta.json`, a report of what became of every record, and a copy of the tokenizer. `open_tokens` reads
+and checks it.
 """
 
 from __future__ import annotations
 
 from settings import UserError, read_json
 
-import os
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from files import file_sha256, write_json
+from files import file_sha256
 
 FORMAT = "cria-tokens-1"
 SPLITS = ("train", "val")
-CHUNKS_PER_SAVE = 64  # progress is made durable once per so many chunks
 
 def token_dtype(vocab_size: int) -> np.dtype:
     """The smallest of uint16 and uint32 (little-endian on disk, whatever the machine) that holds every id."""
@@ -119,66 +118,7 @@ def _open_bare(path: Path) -> Tokens:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Writing: what survives a kill
-
-
-class TokenWriter:
-    """Appends to OUT.partial/{train,val}.bin and keeps progress.json, from which a later run goes on.
-
-    progress.json is replaced after the bytes it speaks of are on the disk; what lies behind them is cut off again.
-    """
-
-    def __init__(self, folder: Path, settings: dict, sources: int):
-        self.folder, self.settings = folder, settings
-        self.progress_file = folder / "progress.json"
-        self.chunks_done = 0
-        self.totals: list[dict] = [{} for _ in range(sources)]  # per source: split -> counts
-        sizes = dict.fromkeys(SPLITS, 0)
-        if self.progress_file.is_file():
-            saved = read_json(self.progress_file)
-            refuse_other_settings(folder, saved["settings"], settings)
-            self.chunks_done, self.totals, sizes = saved["chunks"], saved["totals"], saved["sizes"]
-        folder.mkdir(parents=True, exist_ok=True)
-        self.files = {}
-        for split in SPLITS:
-            self.files[split] = stream = open(folder / f"{split}.bin", "ab")  # noqa: SIM115 (closed in close)
-            if stream.tell() < sizes[split]:
-                raise UserError(f"{stream.name} is shorter than progress.json says; remove {folder} and start again")
-            stream.truncate(sizes[split])
-        if not self.chunks_done:
-            self.save()
-
-    def append(self, source: int, parts: dict[str, tuple[bytes, dict]]) -> None:
-        for split, (data, counts) in parts.items():
-            self.files[split].write(data)
-            total = self.totals[source].setdefault(split, dict.fromkeys(counts, 0))
-            for name, count in counts.items():
-                total[name] = max(total[name], count) if name == "max_id" else total[name] + count
-        self.chunks_done += 1
-        if self.chunks_done % CHUNKS_PER_SAVE == 0:
-            self.save()
-
-    def save(self) -> None:
-        for stream in self.files.values():
-            stream.flush()
-            os.fsync(stream.fileno())
-        sizes = {split: stream.tell() for split, stream in self.files.items()}
-        progress = {"settings": self.settings, "chunks": self.chunks_done, "sizes": sizes, "totals": self.totals}
-        write_json(self.progress_file, progress)
-
-    def close(self) -> None:
-        for stream in self.files.values():
-            stream.close()
-
-    def split_totals(self) -> dict[str, dict]:
-        """The counts over all sources, per split that has a document."""
-        sums: dict[str, dict] = {}
-        for split in SPLITS:
-            parts = [total[split] for total in self.totals if split in total]
-            if parts:
-                sums[split] = {name: sum(part[name] for part in parts) for name in parts[0]}
-                sums[split]["max_id"] = max(part["max_id"] for part in parts)
-        return sums
+# Prepared data and its settings: the same command again, or another one
 
 
 def refuse_other_settings(where: Path, old: dict, new: dict) -> None:
@@ -208,6 +148,6 @@ def finished(out: Path, settings: dict, format: str) -> dict | None:
     if meta.get("format") != format:
         raise UserError(f"{out} already exists and holds something else; choose another --out or remove it")
     refuse_other_settings(out, meta["settings"], settings)
-    (out / "progress.json").unlink(missing_ok=True)
+    shutil.rmtree(out / "spool", ignore_errors=True)  # if the run was killed just before it removed that itself
     print(f"{out} is already complete, made with the same settings from the same files: nothing to do")
     return meta

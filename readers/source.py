@@ -7,13 +7,16 @@ from settings import UserError
 import codecs
 import csv
 import json
-import re
+import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-BLOCK = 1 << 20  # bytes per read of a JSON array; it grows only while one record is longer than that
+from readers.json_array import JsonArray
+from readers.opening import Content, damage, plain_name, text_encoding
+
+HEAD = 1 << 20  # bytes that decide the encoding
+LONGEST_LINE = 16 << 20  # bytes looked through for the first line of a JSON file
 LARGEST_TEXT = 64 << 20  # bytes of a file that is one document: more is nearly always one document per line
-_SPACE = re.compile(r"[ \t\r\n]*")
 
 
 def tidy(text) -> str:
@@ -22,41 +25,84 @@ def tidy(text) -> str:
 
 
 class SourceFile:
-    """One input file of a corpus. All ways to read it are streaming but `text()`, and accept a UTF-8 byte-order mark.
+    """One input file of a corpus, or one member of a zip archive. All ways to read it are streaming but `text()`.
 
-    Raises UserError with file and line where the file is binary, in another encoding, or a JSON array cut off.
+    `path` names it (archive.zip!member), `line` is where the current record begins, `encoding` how its text is stored.
+    A record that cannot be read is skipped and counted. Raises UserError where the file as a whole cannot be read:
+    binary, UTF-16, a JSON array with an error in it, compressed data that are damaged.
     """
 
-    def __init__(self, path: Path, reader_name: str, count_skipped: Callable[[str, str], None]):
-        self.path, self._reader_name, self._count_skipped = path, reader_name, count_skipped
+    def __init__(
+        self,
+        path: Path,
+        reader_name: str,
+        on_skip: Callable[[str, str, str], None],  # reason, "file:line", details
+        *,
+        index: int = 0,
+        member: str = "",
+        archive: zipfile.ZipFile | None = None,
+    ):
+        self.path = Path(f"{path}!{member}") if member else path
+        self.name = plain_name(Path(member or path).name)  # readme.md, also where the path ends in readme.md.gz
+        self.index = index  # among the files of the corpus
         self.line = 0  # of the current record, from 1; 0: the file as a whole
-        self.first_broken = ""  # "file:line: what" of the first record that could not be parsed
+        self.first_broken = ""  # "file:line: what" of the first record that could not be read
+        self._reader_name, self._on_skip = reader_name, on_skip
         self._matched = False  # whether some record had the fields that the reader expects
+        self._content = Content(path, member, archive)
 
     def __enter__(self) -> SourceFile:
-        self._stream = open(self.path, "rb")
-        self.size = self.path.stat().st_size
-        head = self._stream.read(1 << 13)
-        if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-            raise UserError(f"{self.path} is UTF-16; convert it: iconv -f utf-16 -t utf-8")
-        if 0 in head:
-            raise UserError(f"{self.path} is binary (a zero byte at offset {head.index(0)}); a text file is needed")
-        self._start = len(codecs.BOM_UTF8) if head.startswith(codecs.BOM_UTF8) else 0
-        self._stream.seek(self._start)
+        try:
+            self._content.rewind()
+            head = self._content.stream.read(HEAD)
+            self._refuse_no_text(head)
+        except BaseException as error:
+            self.__exit__(type(error), error, None)
+            raise
+        self.empty, self._parquet, self.encoding = not head, head.startswith(b"PAR1"), text_encoding(head)
+        self.start = len(codecs.BOM_UTF8) if self.encoding == "utf-8-sig" else 0
+        self._first = head[self.start :].lstrip()[:1]  # the first byte that is no white space
+        self.codec = self.encoding.removesuffix("-sig")
+        self._rows_read = 0.0  # of a Parquet file, as a share of all
+        self._rewind()
         return self
 
-    def __exit__(self, *exception) -> None:
-        self._stream.close()
+    def __exit__(self, kind, error, traceback) -> None:
+        self._content.close()
+        if damage(error):
+            raise UserError(f"{self.where()}: {damage(error)}; download the file again") from None
+
+    def _refuse_no_text(self, head: bytes) -> None:
+        if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+            raise UserError(f"{self.path} is UTF-16; convert it: iconv -f utf-16 -t utf-8")
+        zero = head.find(0, 0, 1 << 13)
+        if zero >= 0 and not head.startswith(b"PAR1"):
+            raise UserError(f"{self.path} is binary (a zero byte at offset {zero}); a text file is needed")
+
+    def _rewind(self) -> None:
+        self._content.rewind()
+        self.stream = self._content.stream
+        self.stream.read(self.start)
+
+    @property
+    def size(self) -> int:
+        """Bytes on the disk, compressed or not."""
+        return self._content.size
 
     def bytes_read(self) -> int:
-        return self._stream.tell()
+        """How many of `size` were read. Of a Parquet file: an estimate from its rows."""
+        return int(self._rows_read * self.size) if self._parquet else self._content.bytes_read()
 
     def where(self) -> str:
         return f"{self.path}:{self.line}" if self.line else str(self.path)
 
     def skip(self, reason: str) -> None:
         """Count the current record as left out, and why."""
-        self._count_skipped(reason, self.where())
+        self._on_skip(reason, self.where(), "")
+
+    def _skip_broken(self, reason: str, details: str) -> None:
+        self.first_broken = self.first_broken or f"{self.where()}: {reason}{details}"
+        self._on_skip(reason, self.where(), details)
 
     def has(self, record: dict, *fields: str) -> bool:
         """Whether the record has these fields. UserError if the first of the file has not: the layout is another."""
@@ -72,27 +118,42 @@ class SourceFile:
             self.skip(f"without the field {missing[0]}")
         return not missing
 
+    # ------------------------------------------------------------------------------------------------------------------
+    # Text, lines and tables
+
     def text(self) -> str:
         """The whole file, line ends as \\n."""
-        if self.size > LARGEST_TEXT:
+        self._need_text()
+        data = self.stream.read(LARGEST_TEXT + 1)
+        if len(data) > LARGEST_TEXT:
             raise UserError(
-                f"{self.path} has {self.size / 1e6:,.0f} MB, too much for one document; "
+                f"{self.path} has more than {LARGEST_TEXT / 1e6:,.0f} MB of text, too much for one document; "
                 f"if each of its lines is a document, use lines={self.path}, otherwise split it"
             )
-        return self._decoded(self._stream.read(), offset=self._start, line=1).replace("\r\n", "\n").replace("\r", "\n")
+        try:
+            return data.decode(self.codec).replace("\r\n", "\n").replace("\r", "\n")
+        except UnicodeDecodeError as error:
+            raise self.not_decoded(error, offset=self.start, line=1) from None
 
     def lines(self) -> Iterator[str]:
-        """The lines, each with its line end."""
-        offset = self._start
-        for number, data in enumerate(self._stream, 1):
+        """The lines, each with its line end. One that is not valid in the file's encoding is skipped and counted."""
+        self._need_text()
+        codec = self.codec
+        for number, data in enumerate(self.stream, 1):
             self.line = number
-            yield self._decoded(data, offset, number)
-            offset += len(data)
+            try:
+                line = data.decode(codec)
+            except UnicodeDecodeError as error:
+                self._skip_broken(self._not_valid, f" (byte 0x{data[error.start]:02x} at {error.start} of the line)")
+                continue
+            yield line
 
     def csv_rows(self) -> Iterator[dict[str, str]]:
         """Rows of a CSV file as {column: cell}. Cells are text as it stands: 'NA' and 'null' stay 'NA' and 'null'."""
+        self._need_text()
         csv.field_size_limit(LARGEST_TEXT)
-        rows = csv.reader(self.lines(), strict=True)  # strict, to notice a file that was cut off inside a quoted cell
+        self._last_bad_line = 0
+        rows = csv.reader(self._csv_lines(), strict=True)  # strict, to notice a file cut off inside a quoted cell
         header = None
         while True:
             start = rows.line_num + 1  # a row may span several lines; it is named by its first one
@@ -102,149 +163,125 @@ class SourceFile:
                 self.line = start
                 if "unexpected end" in str(error):
                     raise UserError(f"{self.where()}: the file is cut off inside a quoted cell of this row") from None
-                self._broken(f"not valid CSV: {error}", "not valid CSV")
+                self._skip_broken("not valid CSV", f": {error}")
                 continue
             self.line = start
             if row is None:
                 return
             if header is None:
                 header = row
+            elif self._last_bad_line >= start:
+                self._skip_broken(self._not_valid, f" (line {self._last_bad_line})")
             elif row:
                 yield dict(zip(header, row))
 
+    def _csv_lines(self) -> Iterator[str]:
+        """Like lines(), but a bad line stays, as it may be the middle of a row; _last_bad_line tells of it."""
+        for number, data in enumerate(self.stream, 1):
+            try:
+                line = data.decode(self.codec)
+            except UnicodeDecodeError:
+                self._last_bad_line, line = number, data.decode(self.codec, "replace")
+            yield line
+
+    # ------------------------------------------------------------------------------------------------------------------
+    # JSON
+
     def json_objects(self) -> Iterator[dict]:
-        """Objects of a JSON array, of JSON lines, or the one object that is the file: told apart by content."""
-        array = self._first_byte() == b"["
-        for record in _JsonArray(self) if array else self._json_lines():
+        """The objects among json_values(); what is something else is skipped and counted."""
+        for record in self.json_values():
             if isinstance(record, dict):
                 yield record
             else:
                 self.skip("not a JSON object")
 
-    def _json_lines(self) -> Iterator:
-        """JSON lines; one that does not parse is skipped and counted, unless the file is one object over many lines."""
-        first = True
-        for line in self.lines():
-            if line.isspace():
-                continue
-            try:
-                yield json.loads(line)
-            except json.JSONDecodeError as error:
-                whole = self._one_object() if first and self.size <= LARGEST_TEXT else None
-                if whole is not None:
-                    yield whole
-                    return
-                self._broken(f"not valid JSON: {error.msg} at column {error.colno}", "not valid JSON")
-            first = False
+    def json_values(self) -> Iterator:
+        """The elements of a JSON array, the values of JSON lines, or the one object that is the file.
 
-    def _one_object(self):
-        """The file as one JSON value, or None if it is not one."""
-        here = self._stream.tell()
-        self._stream.seek(self._start)
-        try:
-            return json.loads(self._stream.read())
-        except ValueError:  # neither JSON nor UTF-8 are errors here: the lines say better what is wrong
-            return None
-        finally:
-            self._stream.seek(here)
-
-    def _first_byte(self) -> bytes:
-        """The first byte that is no white space; the position stays where it is."""
-        here = self._stream.tell()
-        byte = next((byte for byte in iter(lambda: self._stream.read(1), b"") if not byte.isspace()), b"")
-        self._stream.seek(here)
-        return byte
-
-    def _broken(self, message: str, reason: str) -> None:
-        self.first_broken = self.first_broken or f"{self.where()}: {message}"
-        self.skip(reason)
-
-    def _decoded(self, data: bytes, offset: int, line: int, decoder=None, final: bool = True) -> str:
-        """UTF-8 bytes -> text. `offset` and `line` say where in the file `data` starts."""
-        held = len(decoder.getstate()[0]) if decoder else 0  # bytes of a character that the block before cut in two
-        try:
-            return decoder.decode(data, final) if decoder else data.decode("utf-8")
-        except UnicodeDecodeError as error:
-            line += error.object.count(b"\n", 0, error.start)
-            raise UserError(
-                f"{self.path}:{line}: not UTF-8 (byte 0x{error.object[error.start]:02x} at offset "
-                f"{offset - held + error.start}); convert the file, for example: iconv -f gb18030 -t utf-8"
-            ) from None
-
-
-class _JsonArray:
-    """The elements of one JSON array of any size, through a sliding buffer of about BLOCK bytes.
-
-    Raises UserError with file and line where it is not JSON, is cut off, or goes on after its end.
-    """
-
-    def __init__(self, file: SourceFile):
-        self._file, self._utf8, self._json = file, codecs.getincrementaldecoder("utf-8")(), json.JSONDecoder()
-        self._offset = file._start  # bytes of the file decoded so far
-        self._text, self._at = "", 0  # the buffer, and where in it the next character to look at is
-        self._counted = 0  # up to where in the buffer the line ends are counted in file.line
-
-    def __iter__(self) -> Iterator:
-        self._file.line = 1
-        self._skip_mark("[")
-        if self._next_character() != "]":
-            yield self._element()
-            while self._next_character() == ",":
-                self._at += 1
-                yield self._element()
-        self._skip_mark("]")
-        rest = (self._text[self._at :] + self._file._stream.read(BLOCK).decode("utf-8", "replace")).strip()
-        if rest:
-            raise UserError(f"{self._file.where()}: text after the end of the JSON array: {rest[:40]!r}")
-
-    def _element(self):
-        while True:
-            self._next_character()
-            try:
-                element, end = self._json.raw_decode(self._text, self._at)
-            except json.JSONDecodeError as error:
-                # Is the JSON wrong, or does it just go on in the next block? Words and escapes are shorter than 16.
-                open_string = error.msg.startswith("Unterminated string")
-                if (open_string or error.pos >= len(self._text) - 16) and self._refill():
-                    continue
-                if open_string or error.pos == len(self._text):
-                    raise self._cut_off() from None
-                self._file.line += self._text.count("\n", self._at, error.pos)
-                raise UserError(f"{self._file.where()}: not valid JSON: {error.msg}") from None
-            if end == len(self._text) and self._refill():
-                continue  # a number at the end of the block may go on in the next
-            self._at = end
-            return element
-
-    def _skip_mark(self, mark: str) -> None:
-        found = self._next_character()
-        if found != mark:
-            raise UserError(f"{self._file.where()}: not valid JSON: expected {mark!r} or a comma, found {found!r}")
-        self._at += 1
-
-    def _next_character(self) -> str:
-        """The next character that is no white space; it stays the next one. Keeps file.line up to date."""
-        while True:
-            self._at = _SPACE.match(self._text, self._at).end()
-            self._file.line += self._text.count("\n", self._counted, self._at)
-            self._counted = self._at
-            if self._at < len(self._text):
-                return self._text[self._at]
-            if not self._refill():
-                raise self._cut_off()
-
-    def _refill(self) -> bool:
-        """Drop what is behind us, append the next block; False at the end of the file.
-
-        A block is as long as what is still unread, so a long record costs a number of attempts that is logarithmic.
+        They are told apart by content. A file that begins with `[` is one array, unless its first line is a complete
+        list and the next line begins with `[` too: then it is JSON lines, and each of its records is a list.
         """
-        rest = self._text[self._at :]
-        block = self._file._stream.read(max(BLOCK, len(rest)))
-        line = self._file.line + rest.count("\n")
-        self._text = rest + self._file._decoded(block, self._offset, line, self._utf8, final=not block)
-        self._at = self._counted = 0
-        self._offset += len(block)
-        return bool(block)
+        self._need_text()
+        lines = (line for line in iter(lambda: self.stream.readline(LONGEST_LINE), b"") if not line.isspace())
+        first, second = next(lines, b""), next(lines, b"")
+        lists = self._first == b"[" and second.lstrip()[:1] == b"[" and isinstance(self._json(first), list)
+        self._rewind()
+        if self._first == b"[" and not lists:
+            yield from JsonArray(self)
+            return
+        if self._first == b"{" and self._json(first) is None:  # perhaps one object over many lines
+            whole = self.stream.read(LARGEST_TEXT + 1)
+            value = self._json(whole) if len(whole) <= LARGEST_TEXT else None
+            self._rewind()
+            if value is not None:
+                self.line = 1
+                yield value
+                return
+        yield from self._json_lines()
 
-    def _cut_off(self) -> UserError:
-        return UserError(f"{self._file.where()}: the JSON array is cut off: the file ends at byte {self._offset:,}")
+    def _json_lines(self) -> Iterator:
+        for line in self.lines():
+            try:
+                value = json.loads(line)
+            except json.JSONDecodeError as error:
+                if not line.isspace():
+                    self._skip_broken("not valid JSON", f": {error.msg} at column {error.colno}")
+                continue
+            except (ValueError, RecursionError) as error:  # a number of thousands of digits, thousands of brackets
+                self._skip_broken("not valid JSON", f": {error}")
+                continue
+            yield value
+
+    def _json(self, data: bytes):
+        """The value, or None if this is no JSON."""
+        try:
+            return json.loads(data.decode(self.codec))
+        except (ValueError, RecursionError):  # UnicodeDecodeError is a ValueError too
+            return None
+
+    # ------------------------------------------------------------------------------------------------------------------
+    # Parquet, and whatever there is
+
+    def parquet_rows(self) -> Iterator[dict]:
+        """Rows of a Parquet file as {column: value}; `line` is the row's number. Streams batches; needs pyarrow."""
+        if not self._parquet:
+            raise UserError(f"{self.path} is no Parquet file (it does not begin with PAR1)")
+        try:
+            from pyarrow import ArrowException
+            from pyarrow.parquet import ParquetFile
+        except ImportError:
+            raise UserError(f"{self.path} is a Parquet file, which needs a package: pip install pyarrow") from None
+        try:
+            table = ParquetFile(self.stream)
+            for batch in table.iter_batches(batch_size=256):
+                for row in batch.to_pylist():
+                    self.line += 1
+                    yield row
+                self._rows_read = self.line / table.metadata.num_rows
+        except (ArrowException, OSError) as error:
+            raise UserError(f"{self.where()}: damaged Parquet file ({error}); download it again") from None
+
+    def rows(self) -> Iterator[dict]:
+        """The rows of a Parquet file, the objects of JSON or JSON lines, or the rows of a CSV file, by content."""
+        if self._parquet:
+            return self.parquet_rows()
+        return self.json_objects() if self._first in (b"[", b"{") else self.csv_rows()
+
+    # ------------------------------------------------------------------------------------------------------------------
+    # Errors
+
+    @property
+    def _not_valid(self) -> str:
+        return f"not {self.codec.upper()}"
+
+    def _need_text(self) -> None:
+        if self._parquet:
+            raise UserError(f"{self.path} is a Parquet file; {self._reader_name!r} reads text (see data_process.py list)")
+
+    def not_decoded(self, error: UnicodeDecodeError, offset: int, line: int) -> UserError:
+        """`offset` and `line` say where in the file the bytes begin that could not be decoded."""
+        line += error.object.count(b"\n", 0, error.start)
+        return UserError(
+            f"{self.path}:{line}: {self._not_valid} (byte 0x{error.object[error.start]:02x} at offset "
+            f"{offset + error.start}); mend or convert the file (iconv -f … -t utf-8)"
+        )

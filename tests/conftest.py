@@ -45,6 +45,6 @@ def data_dir(corpus, tokenizer_dir, tmp_path_factory):
     import data_process
 
     out = tmp_path_factory.mktemp("data") / "pretrain"
-    data_process.pretrain(data_process.PretrainConfig(
+    data_process.prepare(data_process.PretrainConfig(
         corpus=(f"jsonl={corpus}",), tokenizer=tokenizer_dir, out=out, workers=1, val_fraction=0.05))  # fmt: skip
     return out

@@ -113,9 +113,9 @@ def test_data_is_the_real_pretraining_path(tmp_path, capsys):
     trained = tokenizer_module.train([text], 300, tmp_path / "tokenizer")
     lines = text.read_text(encoding="utf-8").splitlines()
     result = bench.data_worker(DataConfig(tokenizer=tmp_path / "tokenizer", input=(str(text),)), "1")
-    assert result["bytes"] == sum(len(line.encode()) for line in lines) and result["seconds"] > 0
+    assert result["bytes"] == text.stat().st_size and result["seconds"] > 0
     assert result["tokens"] == sum(len(trained.encode(line)) + 1 for line in lines)
-    assert "vocabulary" in capsys.readouterr().err  # what data_process.py says must not mix with the JSON
+    assert "characters per token" in capsys.readouterr().err  # what data_process.py says must not mix with the JSON
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -184,8 +184,9 @@ def test_loss_and_data_tables(here, small, tmp_path, capsys):
     (tmp_path / "t.txt").write_text("\n".join(f"第{i}行是一句话。" for i in range(200)), encoding="utf-8")
     tokenizer_module.train([tmp_path / "t.txt"], 295, tmp_path / "tokenizer")
     speeds = bench.data(DataConfig(tokenizer=tmp_path / "tokenizer", input=(str(tmp_path / "t.txt"),),
-                                   workers=("1", "2"), repeats=1))  # fmt: skip
-    assert speeds["1"]["mb_per_s"] > 0 and speeds["1"]["tokens"] == speeds["2"]["tokens"]
+                                   sides=("sentencepiece", "1", "1+clean"), repeats=1))  # fmt: skip
+    assert speeds["1"]["mb_per_s"] > 0 and speeds["1"]["tokens"] == speeds["1+clean"]["tokens"] == speeds["sentencepiece"]["tokens"] + 200
+    assert speeds["sentencepiece"]["relative"] == 1
     assert "GiB above its input" in capsys.readouterr().out
 
 
@@ -197,7 +198,7 @@ def test_loss_and_data_tables(here, small, tmp_path, capsys):
     (TrainConfig(model="93m"), "--model 93m is neither a preset"),
     (TrainConfig(repeats=0, steps=-1), r"--repeats must be at least 1, not 0.*--steps must be at least 1, not -1"),
     (TrainConfig(against="no_such_package"), "needs that package: pip install no_such_package"),
-    (DataConfig(tokenizer=Path("x"), input=("no.txt",), workers=("two",)), "--input no.txt is no file.*--workers two"),
+    (DataConfig(tokenizer=Path("x"), input=("no.txt",), sides=("two",)), "--input no.txt is no file.*--sides two"),
 ])  # fmt: skip
 def test_problems_are_named_before_anything_runs(config, message):
     with pytest.raises(UserError, match=message):

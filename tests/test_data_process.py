@@ -17,13 +17,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import sentencepiece
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import data_process
+import encoders
 import readers.source
-import token_files
-from data_process import PretrainConfig, SftConfig, TextbookConfig, pretrain, sft
-from readers import INSTRUCTIONS, PRETRAINING, Corpus
-from readers.instructions import tidy_conversation
+import spool
+from cleaning import Cleaner
+from data_process import PretrainConfig, SftConfig, TextbookConfig
+from dedup import digest
+from files import lock
+from readers import INSTRUCTIONS, PREFERENCES, PRETRAINING, Corpus
 from token_files import open_tokens, pack_ids
 from tokenizer import load_tokenizer
 
@@ -39,7 +44,7 @@ def sentence(rng: random.Random, length: int) -> str:
 def texts(count: int, seed: int = 0) -> list[str]:
     rng = random.Random(seed)
     return [
-        "".join(sentence(rng, rng.randrange(3, 30)) for _ in range(rng.randrange(1, 8))).strip() for _ in range(count)
+        "".join(sentence(rng, rng.randrange(12, 30)) for _ in range(rng.randrange(1, 8))).strip() for _ in range(count)
     ]
 
 
@@ -84,22 +89,59 @@ def corpus_file(tmp_path_factory) -> Path:
 @pytest.fixture
 def small_chunks(monkeypatch):
     """About 35 chunks of the 70 kB corpus, and progress saved after every third."""
-    monkeypatch.setattr(data_process, "CHUNK_BYTES", 2000)
-    monkeypatch.setattr(token_files, "CHUNKS_PER_SAVE", 3)
+    monkeypatch.setattr(data_process, "CHUNK_CHARACTERS", 700)
+    monkeypatch.setattr(spool, "CHUNKS_PER_SAVE", 3)
+    monkeypatch.setattr(data_process, "CHUNKS_PER_SAVE", 3)
 
 
 def prepare(corpus: Path, tokenizer: Path, out: Path, name: str = "jsonl", **settings) -> dict:
     settings = {"workers": 1, "val_fraction": 0.1, **settings}
-    return pretrain(PretrainConfig(corpus=(f"{name}={corpus}",), tokenizer=tokenizer, out=out, **settings))
+    return data_process.prepare(PretrainConfig(corpus=(f"{name}={corpus}",), tokenizer=tokenizer, out=out, **settings))
+
+
+def sft(*datasets, out: Path, **settings) -> dict:
+    return data_process.prepare(SftConfig(dataset=tuple(datasets), out=out, workers=1, **settings))
 
 
 def read_all(name: str, path: Path, table=PRETRAINING) -> tuple[list, dict]:
+    skipped = []
     corpus = Corpus.from_argument(f"{name}={path}", table)
-    return [record for _, record in corpus.records()], corpus.skipped
+    return [record for _, record in corpus.records(on_skip=lambda *event: skipped.append(event))], skipped
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+def meta_of(folder: Path) -> dict:
+    return json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+
+
+def documents_of(folder: Path, split: str) -> list[str]:
+    """The documents of a token directory, decoded."""
+    tokens, tokenizer = open_tokens(folder, split), load_tokenizer(folder)
+    if tokens is None:
+        return []
+    ends = np.flatnonzero(tokens.tokens == tokenizer.eos_id)
+    assert ends[-1] == len(tokens) - 1  # every document ends with eos, and nothing follows
+    return [tokenizer.decode(part[:-1].tolist()) for part in np.split(tokens.tokens, ends + 1)[:-1]]
+
+
+def lines_of(folder: Path, split: str) -> list[dict]:
+    path = folder / f"{split}.jsonl"
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+
+
+def balanced(report: dict) -> bool:
+    """Whether every record is accounted for, in every source."""
+    return all(
+        source["records"] == sum(entry["count"] for part in ("unreadable", "dropped") for entry in source[part].values())
+        + source["duplicates"]["exact"] + source["duplicates"]["near"] + source["not_sampled"] + source["kept"]
+        for source in report["sources"])  # fmt: skip
+
+
+def turns(*contents: str) -> list[dict]:
+    return [{"role": ("user", "assistant")[at % 2], "content": content} for at, content in enumerate(contents)]
 
 
 def command(*words, **options) -> subprocess.CompletedProcess:
@@ -114,7 +156,8 @@ def command(*words, **options) -> subprocess.CompletedProcess:
 
 
 def test_token_file_decodes_to_the_documents(corpus_file, tokenizer_file, tmp_path):
-    meta = prepare(corpus_file, tokenizer_file, tmp_path / "out")
+    report = prepare(corpus_file, tokenizer_file, tmp_path / "out")
+    meta = meta_of(tmp_path / "out")
     tokenizer = load_tokenizer(tmp_path / "out")  # the copy beside the data
     assert tokenizer.fingerprint == meta["tokenizer_sha256"] == load_tokenizer(tokenizer_file).fingerprint
     found = {}
@@ -122,12 +165,10 @@ def test_token_file_decodes_to_the_documents(corpus_file, tokenizer_file, tmp_pa
         tokens = open_tokens(tmp_path / "out", split)
         tokens.verify()
         assert tokens.tokens.dtype == np.dtype("<u2") and not tokens.tokens.flags.writeable
-        ends = np.flatnonzero(tokens.tokens == tokenizer.eos_id)
-        assert ends[-1] == len(tokens) - 1  # every document ends with eos, and nothing follows
-        parts = np.split(tokens.tokens, ends + 1)[:-1]
-        found[split] = [tokenizer.decode(part[:-1].tolist()) for part in parts]
+        found[split] = documents_of(tmp_path / "out", split)
         counts = meta["splits"][split]
-        assert counts["tokens"] == len(tokens)
+        assert counts == report["splits"][split]
+        assert counts["tokens"] == len(tokens) == sum(counts["sources"].values())
         assert counts["documents"] == len(found[split])
         assert counts["bytes"] == sum(len(text.encode("utf-8")) for text in found[split])
         assert counts["characters"] == sum(map(len, found[split]))
@@ -137,13 +178,70 @@ def test_token_file_decodes_to_the_documents(corpus_file, tokenizer_file, tmp_pa
     assert sorted(found["train"] + found["val"]) == sorted(wanted)
     validation = set(found["val"])
     assert found["train"] == [text for text in wanted if text not in validation]  # the order is kept
+    assert balanced(report) and report["sources"][0]["kept"] == 400
+
+
+@pytest.mark.parametrize("name", ["chatglm2", "llama2"])
+def test_real_tokenizers_give_the_cleaned_texts_back(name, tmp_path):
+    """Readers and rules run on the real samples; what is written decodes to what they made, text by text."""
+    folder = SHARED / "tokenizers" / name
+    if not folder.is_dir():
+        pytest.skip("the sample data is not here")
+    corpora = tuple(f"{reader}={SHARED / 'pretrain' / path}" for reader, path in
+                    (("txt", "laws/刑法"), ("chinese-poetry", "chinese-poetry/论语"), ("c4", "format_samples/c4_demo.jsonl")))  # fmt: skip
+    config = PretrainConfig(corpus=corpora, tokenizer=folder, out=tmp_path / "out", workers=1, val_fraction=0.1)
+    report = data_process.prepare(config)
+    wanted, cleaner, seen = [], Cleaner(**config.cleaner()), set()
+    for argument in corpora:
+        for _, record in Corpus.from_argument(argument, PRETRAINING).records():
+            try:
+                text = encoders.cleaned_text(record, cleaner).text
+            except encoders.LeftOut:
+                continue
+            if (key := digest(text)) not in seen:
+                seen.add(key)
+                wanted.append(text)
+    assert sorted(documents_of(tmp_path / "out", "train") + documents_of(tmp_path / "out", "val")) == sorted(wanted)
+    assert len(wanted) > 300 and balanced(report)
+
+
+RECORDS = st.one_of(
+    st.fixed_dictionaries({"text": st.one_of(
+        st.text(max_size=30),
+        st.sampled_from(["春眠不觉晓，处处闻啼鸟。", "春眠不觉晓  处处闻啼鸟", "", None, 7, "\ud83d", "a" * 40, "锟斤拷" * 9]),
+        st.text(alphabet="春眠不觉晓<>&。！ \n\u200b", max_size=60))}),
+    st.just({"title": "no text"}), st.just(3), st.just("{broken"))  # fmt: skip
+
+
+@settings(max_examples=40, deadline=None)
+@given(records=st.lists(RECORDS, max_size=25), dedup=st.sampled_from(["none", "exact", "minhash"]),
+       weight=st.sampled_from([1, 0.5, 2, 2.5]), limit=st.sampled_from([None, 5]))  # fmt: skip
+def test_no_record_is_lost_without_being_counted(records, dedup, weight, limit, tokenizer_file, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("random")
+    good = [{"text": text} for text in texts(3, seed=5)]
+    lines = [record if isinstance(record, str) else json.dumps(record) for record in [*good, *records]]
+    (folder / "x.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    config = PretrainConfig(corpus=(f"jsonl:{weight}={folder / 'x.jsonl'}",), tokenizer=tokenizer_file, out=folder / "out",
+                            workers=1, val_fraction=0.0, dedup=dedup, limit=limit)  # fmt: skip
+    try:
+        report = data_process.prepare(config)
+    except UserError as error:
+        assert weight == 0.5 and "nothing is left" in str(error)
+        return
+    source = report["sources"][0]
+    assert balanced(report) and source["records"] == min(len(lines), limit or len(lines))
+    written = documents_of(folder / "out", "train")
+    assert len(written) == source["written"] == report["splits"]["train"]["documents"]
+    assert len(set(map(digest, written))) == source["kept"] or dedup == "none"
+    repeats = {written.count(text) for text in written} if dedup != "none" else set()
+    assert repeats <= {1: {1}, 0.5: {1}, 2: {2}, 2.5: {2, 3}}[weight]
 
 
 def test_same_bytes_for_any_number_of_workers(corpus_file, tokenizer_file, tmp_path, small_chunks):
     for workers in (1, 2):
         prepare(corpus_file, tokenizer_file, tmp_path / f"{workers}", workers=workers)
     one, two = files_of(tmp_path / "1"), files_of(tmp_path / "2")
-    assert set(one) >= {"train.bin", "val.bin", "meta.json", "tokenizer.model"}
+    assert set(one) >= {"train.bin", "val.bin", "meta.json", "report.json", "report.md", "tokenizer.model"}
     assert one == two
     assert not list(tmp_path.glob("*.partial"))
 
@@ -151,19 +249,22 @@ def test_same_bytes_for_any_number_of_workers(corpus_file, tokenizer_file, tmp_p
 def test_adding_data_never_moves_a_document(corpus_file, tokenizer_file, tmp_path):
     more = write_lines(tmp_path / "more.jsonl", [{"text": text} for text in texts(200, seed=7)])
     prepare(corpus_file, tokenizer_file, tmp_path / "one")
-    both = PretrainConfig((f"jsonl={more}", f"jsonl={corpus_file}"), tokenizer_file, tmp_path / "two", 1, 0.1)
-    meta = pretrain(both)
+    both = PretrainConfig(corpus=(f"jsonl={more}", f"jsonl={corpus_file}"), tokenizer=tokenizer_file, out=tmp_path / "two",
+                          workers=1, val_fraction=0.1)  # fmt: skip
+    report = data_process.prepare(both)
     for split in ("train", "val"):
         alone = (tmp_path / "one" / f"{split}.bin").read_bytes()
         assert (tmp_path / "two" / f"{split}.bin").read_bytes().endswith(alone)
-    assert sum(source["train"]["documents"] + source["val"]["documents"] for source in meta["sources"]) == 600
+    assert [source["kept"] for source in report["sources"]] == [200, 400]
 
 
 def test_bos_where_the_tokenizer_wants_it(corpus_file, tokenizer_file, tmp_path, monkeypatch):
     tokenizer = load_tokenizer(tokenizer_file)
     tokenizer.add_bos = True
-    monkeypatch.setattr(data_process, "load_tokenizer", lambda path: tokenizer)
-    meta = prepare(corpus_file, tokenizer_file, tmp_path / "out")
+    for module in (data_process, encoders):
+        monkeypatch.setattr(module, "load_tokenizer", lambda path: tokenizer)
+    prepare(corpus_file, tokenizer_file, tmp_path / "out")
+    meta = meta_of(tmp_path / "out")
     tokens = open_tokens(tmp_path / "out").tokens
     starts = np.concatenate([[0], np.flatnonzero(tokens == tokenizer.eos_id)[:-1] + 1])
     assert meta["add_bos"] is True
@@ -238,7 +339,7 @@ def test_interrupted_anywhere_gives_the_same_bytes(
     stop_after, corpus_file, tokenizer_file, tmp_path, small_chunks, monkeypatch
 ):
     prepare(corpus_file, tokenizer_file, tmp_path / "whole")
-    append, calls = token_files.TokenWriter.append, []
+    append, calls = spool.Spool.append, []
 
     def failing(self, *arguments):
         append(self, *arguments)
@@ -249,11 +350,11 @@ def test_interrupted_anywhere_gives_the_same_bytes(
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(token_files.TokenWriter, "append", failing)
+        patch.setattr(spool.Spool, "append", failing)
         with pytest.raises(KeyboardInterrupt):
             prepare(corpus_file, tokenizer_file, tmp_path / "parts")
     assert not (tmp_path / "parts").exists()
-    saved = json.loads((tmp_path / "parts.partial" / "progress.json").read_text(encoding="utf-8"))
+    saved = json.loads((tmp_path / "parts.partial" / "spool" / "progress.json").read_text(encoding="utf-8"))
     assert saved["chunks"] == (stop_after + 1) // 3 * 3
     with pytest.raises(UserError, match=r"val_fraction was 0.1, is 0.2"):
         prepare(corpus_file, tokenizer_file, tmp_path / "parts", val_fraction=0.2)
@@ -265,14 +366,14 @@ def test_interrupted_anywhere_gives_the_same_bytes(
 SLOW_RUN = """
 import sys, time
 sys.path.insert(0, {repository!r})
-import data_process, token_files
+import data_process, spool
 from settings import command_line
-data_process.CHUNK_BYTES, token_files.CHUNKS_PER_SAVE = 2000, 2
-append = token_files.TokenWriter.append
+data_process.CHUNK_CHARACTERS, spool.CHUNKS_PER_SAVE = 700, 2
+append = spool.Spool.append
 def slow(self, *arguments):
     time.sleep(0.02)
     append(self, *arguments)
-token_files.TokenWriter.append = slow
+spool.Spool.append = slow
 if __name__ == "__main__":
     command_line(None, None, commands=data_process.COMMANDS)
 """
@@ -280,11 +381,11 @@ if __name__ == "__main__":
 
 def test_without_a_tokenizer_one_is_trained_beside_the_data(corpus_file, tmp_path, capsys):
     config = PretrainConfig(corpus=(f"jsonl={corpus_file}",), out=tmp_path / "data", vocab_size=400, workers=1, val_fraction=0.2)
-    meta = pretrain(config)
-    assert len(load_tokenizer(tmp_path / "tokenizer")) == meta["vocab_size"] == 400
+    report = data_process.prepare(config)
+    assert len(load_tokenizer(tmp_path / "tokenizer")) == meta_of(tmp_path / "data")["vocab_size"] == 400
     assert "no --tokenizer: training one" in capsys.readouterr().out
     assert sorted(path.name for path in tmp_path.iterdir()) == ["data", "tokenizer"]
-    assert pretrain(config) == meta
+    assert data_process.prepare(config) == report
     assert "which is already there" in capsys.readouterr().out
 
 
@@ -307,7 +408,7 @@ def test_killed_and_run_again_gives_the_same_bytes(corpus_file, tokenizer_file, 
         "2",
     ]
     process = subprocess.Popen([sys.executable, str(script), *map(str, words)], start_new_session=True)
-    progress = tmp_path / "killed.partial" / "progress.json"
+    progress = tmp_path / "killed.partial" / "spool" / "progress.json"
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline and process.poll() is None:
         if progress.exists() and json.loads(progress.read_text(encoding="utf-8"))["chunks"] >= 4:
@@ -323,6 +424,53 @@ def test_killed_and_run_again_gives_the_same_bytes(corpus_file, tokenizer_file, 
     while time.monotonic() < deadline and _group_is_alive(process.pid):
         time.sleep(0.05)
     assert not _group_is_alive(process.pid), "a worker outlived the killed process"
+
+
+MORTAL_RUN = """
+import os, shutil, signal, sys
+sys.path.insert(0, {repository!r})
+import data_process, files, selection, spool
+data_process.CHUNK_CHARACTERS, spool.CHUNKS_PER_SAVE, data_process.CHUNKS_PER_SAVE = 700, 2, 2
+left = int(sys.argv[1])
+def mortal(function):
+    def call(*arguments, **named):
+        global left
+        left -= 1
+        if left == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return function(*arguments, **named)
+    return call
+spool.Spool.append, spool.Spool.save = mortal(spool.Spool.append), mortal(spool.Spool.save)
+selection.copy_bytes = mortal(selection.copy_bytes)
+data_process.write_json, data_process.write_text = mortal(data_process.write_json), mortal(data_process.write_text)
+os.rename, os.replace, shutil.rmtree = mortal(os.rename), mortal(os.replace), mortal(shutil.rmtree)
+data_process.command_line(None, None, sys.argv[2:], commands=data_process.COMMANDS)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.name != "posix", reason="needs SIGKILL")
+def test_killed_at_ten_random_moments_gives_the_same_bytes(corpus_file, tokenizer_file, tmp_path, small_chunks):
+    """The process kills itself at a random one of the calls that write: in the spool, while selecting, at the last rename."""
+    (tmp_path / "mortal.py").write_text(MORTAL_RUN.format(repository=str(REPOSITORY)), encoding="utf-8")
+    rng, kills = random.Random(11), 0
+
+    def words(out: Path) -> list[str]:
+        return ["pretrain", "--corpus", f"jsonl={corpus_file}", "--tokenizer", str(tokenizer_file), "--out", str(out),
+                "--val-fraction", "0.1", "--workers", "1", "--dedup", "minhash"]  # fmt: skip
+
+    prepare(corpus_file, tokenizer_file, tmp_path / "whole", dedup="minhash")
+    while kills < 10:
+        shutil.rmtree(tmp_path / "killed", ignore_errors=True)
+        for _ in range(20):
+            done = subprocess.run([sys.executable, str(tmp_path / "mortal.py"), str(rng.randrange(1, 220)), *words(tmp_path / "killed")],
+                                  capture_output=True, text=True, timeout=60)  # fmt: skip
+            if done.returncode == 0:
+                break
+            assert done.returncode == -signal.SIGKILL, done.stderr
+            kills += 1
+        assert done.returncode == 0, "no end after 20 lives"
+        assert files_of(tmp_path / "killed") == files_of(tmp_path / "whole")
 
 
 def _group_is_alive(group: int) -> bool:
@@ -369,257 +517,9 @@ def test_memory_window_is_bounded():
 
             return Done()
 
-    for done in data_process._in_order(Pool(), work(), window=8):
+    for done in encoders._in_order(Pool(), work(), window=8):
         assert len(read) <= done + 8
     assert read == list(range(100))
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Readers: each on a small sample of the true layout
-
-
-def test_reader_txt(tmp_path):
-    (tmp_path / "b").mkdir()
-    (tmp_path / "b" / "two.txt").write_bytes("第二\r\n篇\r\n".encode("utf-8-sig"))
-    (tmp_path / "a.md").write_text("---\ntitle: x\n---\n# 题\n\n文", encoding="utf-8")
-    (tmp_path / "c.md").write_text("---\nbookCollapseSection: true\n---\n", encoding="utf-8")
-    (tmp_path / "d.txt").write_bytes(b"")
-    (tmp_path / ".hidden.txt").write_text("no")
-    (tmp_path / "e.csv").write_text("no")
-    corpus = Corpus.from_argument(f"txt={tmp_path}", PRETRAINING)
-    found = [data.decode() for data in data_process.documents(corpus, lambda count: None)]
-    assert found == ["# 题\n\n文", "第二\n篇"]
-    assert {reason: entry["count"] for reason, entry in corpus.skipped.items()} == {"empty text": 1, "empty file": 1}
-    assert corpus.skipped["empty file"]["first"] == str(tmp_path / "d.txt")
-
-
-def test_reader_lines(tmp_path):
-    (tmp_path / "x.txt").write_text("一\n\n二二\n 三\u2028四 \n", encoding="utf-8")
-    assert read_all("lines", tmp_path)[0] == ["一\n", "二二\n", " 三\u2028四 \n"]
-
-
-@pytest.mark.parametrize("layout", ["lines", "array", "array on one line", "one object"])
-@pytest.mark.parametrize("mark", ["", "\ufeff"])
-def test_reader_jsonl_decides_by_content(layout, mark, tmp_path, monkeypatch):
-    monkeypatch.setattr(readers.source, "BLOCK", 7)  # blocks end inside characters, escapes and numbers
-    records = [{"id": 12345, "text": text} for text in ["春\n眠", "", 'a"\\b', "\U0001f999", "x" * 50]]
-    if layout == "one object":
-        records = records[:1]
-    content = {
-        "lines": "\n".join(json.dumps(record, ensure_ascii=False) for record in records),
-        "array": "\n" + json.dumps(records, ensure_ascii=False, indent=2),
-        "array on one line": json.dumps(records),
-        "one object": json.dumps(records[0], indent=4),
-    }[layout]
-    (tmp_path / "named.json").write_text(mark + content, encoding="utf-8")
-    found, skipped = read_all("jsonl", tmp_path / "named.json")
-    assert found == [record["text"] for record in records] and not skipped
-
-
-def test_lines_of_array_elements(tmp_path):
-    (tmp_path / "x.json").write_text(
-        '[\n {"text": "一"},\n {"text":\n  null}, 7,\n {"texts": "三"}\n]\n', encoding="utf-8"
-    )
-    corpus = Corpus.from_argument(f"jsonl={tmp_path}", PRETRAINING)
-    assert list(data_process.documents(corpus, lambda count: None)) == ["一".encode()]
-    first = {reason: entry["first"].rpartition(":")[2] for reason, entry in corpus.skipped.items()}
-    assert first == {"empty text": "3", "not a JSON object": "4", "without the field text": "5"}
-
-
-def test_reader_jsonl_counts_bad_lines(tmp_path):
-    lines = [
-        '{"text": "一"}',
-        "{oops",
-        '{"text": null}',
-        '{"text": "\\ud83d"}',
-        '{"other": 1}',
-        "[1]",
-        '{"text": "二"}',
-    ]
-    (tmp_path / "x.jsonl").write_text("\n".join([*lines, '{"text": "cut o']), encoding="utf-8")
-    corpus = Corpus.from_argument(f"jsonl={tmp_path / 'x.jsonl'}", PRETRAINING)
-    assert list(data_process.documents(corpus, lambda count: None)) == ["一".encode(), "二".encode()]
-    where = tmp_path / "x.jsonl"
-    assert corpus.skipped == {
-        "not valid JSON": {"count": 2, "first": f"{where}:2"},
-        "empty text": {"count": 1, "first": f"{where}:3"},
-        "broken Unicode": {"count": 1, "first": f"{where}:4"},
-        "without the field text": {"count": 1, "first": f"{where}:5"},
-        "not a JSON object": {"count": 1, "first": f"{where}:6"},
-    }
-    assert f"2 not valid JSON (first: {where}:2)" in corpus.skipped_text()
-
-
-def test_reader_csv(tmp_path):
-    rows = 'id,text\r\n1,NA\r\n2,"两\r\n行, ""引号"""\r\n3,null\r\n4,\r\n5,"x" y\r\n6,好\r\n'
-    (tmp_path / "x.csv").write_bytes(rows.encode("utf-8-sig"))
-    corpus = Corpus.from_argument(f"csv={tmp_path}", PRETRAINING)
-    found = [data.decode() for data in data_process.documents(corpus, lambda count: None)]
-    assert found == ["NA", '两\n行, "引号"', "null", "好"]
-    lines = {reason: (entry["count"], entry["first"].rpartition(":")[2]) for reason, entry in corpus.skipped.items()}
-    assert lines == {"empty text": (1, "6"), "not valid CSV": (1, "7")}
-
-
-POEMS = {
-    "全唐诗/poet.tang.0.json": (
-        [
-            {
-                "author": "陳嘉言",
-                "paragraphs": ["公子申敬愛，", "攜朋翫物華。"],
-                "title": "晦日",
-                "id": "x",
-                "tags": ["a"],
-            }
-        ],
-        ["晦日\n陳嘉言\n公子申敬愛，\n攜朋翫物華。"],
-    ),
-    "宋词/ci.song.0.json": (
-        [{"author": "蔡伸", "paragraphs": ["十幅健帆风，"], "rhythmic": "好事近"}, {"author": "x", "rhythmic": "y"}],
-        ["好事近\n蔡伸\n十幅健帆风，", ""],
-    ),
-    "论语/lunyu.json": ([{"chapter": "学而篇", "paragraphs": ["子曰：", "有子曰："]}], ["学而篇\n子曰：\n有子曰："]),
-    "四书五经/daxue.json": ({"chapter": "大學", "paragraphs": ["大學之道"]}, ["大學\n大學之道"]),
-    "纳兰性德/诗集.json": (
-        [{"title": "长相思", "para": ["山一程"], "author": "纳兰性德"}],
-        ["长相思\n纳兰性德\n山一程"],
-    ),
-    "诗经/shijing.json": (
-        [{"title": "关雎", "chapter": "国风", "section": "周南", "content": ["关关"]}],
-        ["关雎\n关关"],
-    ),
-    "幽梦影/youmengying.json": ([{"content": "读经宜冬", "comment": ["曹秋岳曰"]}], ["读经宜冬"]),
-    "蒙学/baijiaxing.json": (
-        {
-            "title": "百家姓",
-            "author": "佚名",
-            "tags": "北宋",
-            "paragraphs": ["趙錢孫李"],
-            "origin": [{"surname": "趙"}],
-        },
-        ["百家姓\n佚名\n趙錢孫李"],
-    ),
-    "蒙学/shenglvqimeng.json": (
-        {
-            "title": "聲律啓蒙",
-            "author": "車萬育",
-            "abstract": "訓練",
-            "content": [
-                {
-                    "title": "上卷",
-                    "content": [
-                        {"chapter": "一東", "paragraphs": ["雲對雨"]},
-                        {"chapter": "二冬", "paragraphs": ["春對夏"]},
-                    ],
-                },
-            ],
-        },
-        ["聲律啓蒙·一東\n車萬育\n雲對雨", "聲律啓蒙·二冬\n車萬育\n春對夏"],
-    ),
-    "蒙学/qianjiashi.json": (
-        {
-            "title": "千家詩",
-            "author": "謝枋得",
-            "content": [
-                {
-                    "type": "五言絕句",
-                    "content": [
-                        {"chapter": "春眠", "author": "孟浩然", "paragraphs": ["春眠不覺曉"]},
-                        {
-                            "chapter": "清平調",
-                            "author": "李白",
-                            "paragraphs": [{"subchapter": "其一", "paragraphs": ["雲想衣裳"]}],
-                        },
-                    ],
-                },
-            ],
-        },
-        ["春眠\n孟浩然\n春眠不覺曉", "清平調\n李白\n其一\n雲想衣裳"],
-    ),
-    "蒙学/tangshi.json": (
-        {
-            "title": "唐詩三百首",
-            "content": [
-                {
-                    "type": "樂府",
-                    "content": [
-                        {"chapter": "清平調", "subchapter": "其二", "author": "李白", "paragraphs": ["一枝"]},
-                        {"chapter": "相思", "subchapter": None, "author": "王維", "paragraphs": ["紅豆"]},
-                    ],
-                }
-            ],
-        },
-        ["清平調\n其二\n李白\n一枝", "相思\n王維\n紅豆"],
-    ),
-    "rank/poet.json": ([{"author": "x", "title": "y", "baidu": 7}], [""]),
-}
-
-
-@pytest.mark.parametrize("name", POEMS)
-def test_reader_chinese_poetry(name, tmp_path):
-    content, expected = POEMS[name]
-    path = tmp_path / name
-    path.parent.mkdir()
-    text = json.dumps(content, ensure_ascii=False, indent=4)
-    path.write_bytes(text.replace("\n", "\r\n").encode("utf-8") if "论语" in name else text.encode("utf-8"))
-    assert read_all("chinese-poetry", tmp_path)[0] == expected
-
-
-def turns(*contents: str) -> list[dict]:
-    return [{"role": ("user", "assistant")[at % 2], "content": content} for at, content in enumerate(contents)]
-
-
-def test_reader_alpaca(tmp_path):
-    records = [
-        {"instruction": "翻译\n", "input": " 你好 ", "output": "hello"},
-        {"instruction": "问", "input": None, "output": "NA"},
-        {"instruction": "三", "output": "答", "history": [["一", "1"], ["二", "2"]], "system": "你是助手"},
-    ]
-    (tmp_path / "alpaca.json").write_text(json.dumps(records), encoding="utf-8")
-    system = [{"role": "system", "content": "你是助手"}]
-    expected = [turns("翻译\n你好", "hello"), turns("问", "NA"), [*system, *turns("一", "1", "二", "2", "三", "答")]]
-    assert read_all("alpaca", tmp_path, INSTRUCTIONS)[0] == expected
-    write_lines(tmp_path / "alpaca.json", records)
-    assert read_all("alpaca", tmp_path, INSTRUCTIONS)[0] == expected
-
-
-def test_reader_messages(tmp_path):
-    records = [
-        {"messages": turns("问", "答")},
-        {"conversations": [{"from": "human", "value": "问"}, {"from": "gpt", "value": "答"}], "system": "你是助手"},
-        {"conversations": [{"role": "user", "content": "问"}, {"role": "assistant", "content": "答", "tools": None}]},
-        {"messages": "not a list"},
-    ]
-    system = [{"role": "system", "content": "你是助手"}]
-    write_lines(tmp_path / "x.jsonl", records)
-    found = read_all("messages", tmp_path / "x.jsonl", INSTRUCTIONS)[0]
-    assert found == [turns("问", "答"), [*system, *turns("问", "答")], turns("问", "答"), []]
-
-
-@pytest.mark.parametrize(
-    ("messages", "kept", "problem"),
-    [
-        (turns(" 问\r\n ", "答\n"), turns("问", "答"), ""),
-        (turns("问", "答", "再问"), turns("问", "答"), "last question without an answer"),
-        (turns("问", "答", "再问", " "), turns("问", "答"), "empty answer"),
-        (turns("问", "答", "", "答"), turns("问", "答"), "empty question"),
-        (turns("问", None), [], "empty answer"),
-        (turns("", "答"), [], "empty question"),
-        (turns("问"), [], "no assistant turn"),
-        ([], [], "no assistant turn"),
-        (turns("a", "b", "c")[1:] + turns("d")[:1], [], "roles out of order"),
-        (turns("a", "b", "c", "d")[1:], turns("c", "d"), "began with an answer"),
-        (turns("a", "b") + turns("c", "d")[1:], turns("a", "b"), "roles out of order"),
-        (
-            [{"role": "system", "content": "s"}, *turns("问", "答")],
-            [{"role": "system", "content": "s"}, *turns("问", "答")],
-            "",
-        ),
-        ([{"role": "system", "content": ""}, *turns("问", "答")], turns("问", "答"), ""),
-        ([*turns("问", "答"), {"role": "tool", "content": "x"}], [], "a role other than system, user, assistant"),
-    ],
-)
-def test_tidy_conversation(messages, kept, problem):
-    assert tidy_conversation(messages) == (kept, problem)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -631,33 +531,115 @@ def test_sft(tmp_path, capsys):
     alpaca += [
         {"instruction": alpaca[3]["instruction"], "input": "", "output": "另一个回答"},
         {"instruction": "x", "output": ""},
+        alpaca[5],
     ]
     write_lines(tmp_path / "alpaca.jsonl", alpaca)
     chat = write_lines(tmp_path / "chat.jsonl", [{"messages": turns("问", "答", "再问")}])
-    config = SftConfig((f"alpaca={tmp_path / 'alpaca.jsonl'}", f"messages={chat}"), tmp_path / "out", 0.1)
-    meta = sft(config)
-    lines = {
-        split: [
-            json.loads(line) for line in (tmp_path / "out" / f"{split}.jsonl").read_text(encoding="utf-8").splitlines()
-        ]
-        for split in ("train", "val")
-    }
-    assert {split: part["conversations"] for split, part in meta["splits"].items()} == {
-        k: len(v) for k, v in lines.items()
-    }
+    datasets = (f"alpaca={tmp_path / 'alpaca.jsonl'}", f"messages={chat}")
+    report = sft(*datasets, out=tmp_path / "out", val_fraction=0.1)
+    lines = {split: lines_of(tmp_path / "out", split) for split in ("train", "val")}
+    assert {split: part["documents"] for split, part in report["splits"].items()} == {k: len(v) for k, v in lines.items()}
     assert len(lines["train"]) + len(lines["val"]) == 202 and 8 <= len(lines["val"]) <= 40
     first = {split: {record["messages"][0]["content"] for record in records} for split, records in lines.items()}
     assert not first["train"] & first["val"]  # two answers to one question are on the same side
     assert {"messages": turns("问", "答")} in lines["train"] + lines["val"]
-    source = meta["sources"][0]
-    assert source["conversations"] == source["answers"] == 201
-    assert source["skipped"] == {"empty answer": {"count": 1, "first": f"{tmp_path / 'alpaca.jsonl'}:202"}}
-    assert meta["sources"][1]["shortened"] == {"last question without an answer": 1}
+    one, two = report["sources"]
+    assert balanced(report) and (one["kept"], one["duplicates"]["exact"], two["kept"]) == (201, 1, 1)
+    assert list(one["dropped"]) == ["empty answer"]
+    assert one["dropped"]["empty answer"]["examples"][0]["where"] == f"{tmp_path / 'alpaca.jsonl'}:202"
+    assert two["changed"]["last question without an answer"]["count"] == 1
+    assert sum(part["answers"] for part in report["splits"].values()) == 202
     before = files_of(tmp_path / "out")
     capsys.readouterr()
-    assert sft(config) == meta and "nothing to do" in capsys.readouterr().out
-    sft(SftConfig(config.dataset, tmp_path / "again", 0.1))
+    assert sft(*datasets, out=tmp_path / "out", val_fraction=0.1) == report and "nothing to do" in capsys.readouterr().out
+    sft(*datasets, out=tmp_path / "again", val_fraction=0.1)
     assert files_of(tmp_path / "again") == before
+
+
+def test_preferences(tmp_path):
+    records = [{"prompt": turns(text), "chosen": f"好{at}", "rejected": "坏"} for at, text in enumerate(texts(60))]
+    records += [{**records[2], "chosen": "更好"}, {"prompt": turns("问"), "chosen": "同", "rejected": "同"}]
+    path = write_lines(tmp_path / "dpo.jsonl", records)
+    report = data_process.prepare(data_process.PreferencesConfig(
+        dataset=(f"textbook={path}",), out=tmp_path / "out", val_fraction=0.2, workers=1))  # fmt: skip
+    lines = {split: lines_of(tmp_path / "out", split) for split in ("train", "val")}
+    assert sorted(map(str, lines["train"] + lines["val"])) == sorted(map(str, records[:-1]))
+    assert balanced(report) and report["sources"][0]["kept"] == 61 and meta_of(tmp_path / "out")["format"] == "cria-preferences-1"
+    prompts = {split: {str(line["prompt"]) for line in part} for split, part in lines.items()}
+    assert not prompts["train"] & prompts["val"]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Weights, limits, shards, questions
+
+
+def test_a_weight_takes_a_share_or_repeats(corpus_file, tokenizer_file, tmp_path):
+    def written(weight: str, **settings) -> list[str]:
+        out = tmp_path / f"{weight}{settings}"
+        report = data_process.prepare(PretrainConfig(
+            corpus=(f"jsonl:{weight}={corpus_file}",), tokenizer=tokenizer_file, out=out, workers=1, val_fraction=0.1,
+            **settings))  # fmt: skip
+        assert balanced(report)
+        return documents_of(out, "train")
+
+    whole, third, half, other = written("1"), written("0.3"), written("0.5"), written("0.3", seed=1)
+    assert 0.2 * len(whole) < len(third) < 0.4 * len(whole) and set(third) < set(half) < set(whole)  # more only adds
+    assert set(third) != set(other) and abs(len(other) - len(third)) < 60
+    assert written("2") == whole + whole  # never a text beside its copy
+    twice = written("1.5")
+    assert twice[: len(whole)] == whole and twice[len(whole) :] == [text for text in whole if text in half]
+
+
+def test_shards_merge_to_what_one_machine_writes(corpus_file, tokenizer_file, tmp_path, small_chunks):
+    doubled = write_lines(tmp_path / "doubled.jsonl", [{"text": text} for text in texts(400)[100:200]])
+    corpora = (f"jsonl={corpus_file}", f"jsonl={doubled}")
+
+    def run(out: str, **settings) -> dict:
+        return data_process.prepare(PretrainConfig(corpus=corpora, tokenizer=tokenizer_file, out=tmp_path / out, workers=1,
+                                                   val_fraction=0.1, dedup="minhash", **settings))  # fmt: skip
+
+    one = run("one")
+    assert one["sources"][1]["duplicates"]["exact"] == 100
+    with pytest.raises(UserError, match=r"there is no .*parts\.shard-1-of"):
+        data_process.merge(data_process.MergeConfig(tmp_path / "parts"))
+    for part in (3, 1):
+        run("parts", shard=f"{part}/3")
+    with pytest.raises(UserError, match="missing the shards 2/3"):
+        data_process.merge(data_process.MergeConfig(tmp_path / "parts"))
+    run("parts", shard="2/3")
+    merged = data_process.merge(data_process.MergeConfig(tmp_path / "parts"))
+    assert balanced(merged) and [source["kept"] for source in merged["sources"]] == [400, 0]
+    for name in ("train.bin", "val.bin", "meta.json"):
+        assert (tmp_path / "parts" / name).read_bytes() == (tmp_path / "one" / name).read_bytes()
+    assert data_process.merge(data_process.MergeConfig(tmp_path / "parts")) == merged  # again: nothing to do
+
+
+def test_limit_takes_the_first_records_of_each_corpus(corpus_file, tokenizer_file, tmp_path, small_chunks):
+    report = data_process.prepare(PretrainConfig(corpus=(f"jsonl={corpus_file}",) * 2, tokenizer=tokenizer_file, out=tmp_path / "out",
+                                                 workers=1, val_fraction=0.0, limit=30, dedup="none"))  # fmt: skip
+    assert [source["records"] for source in report["sources"]] == [30, 30]
+    assert documents_of(tmp_path / "out", "train") == texts(400)[:30] * 2
+
+
+def test_evaluation_questions_are_taken_out(tokenizer_file, tmp_path):
+    question = "下列诗句中描写的是庐山瀑布壮丽景色的一项是哪一个"
+    (tmp_path / "exam").mkdir()
+    (tmp_path / "exam" / "x_val.csv").write_text(f"id,question,A,B,C,D,answer\n0,{question},甲,乙,丙,丁,A\n", encoding="utf-8")
+    some = texts(20)
+    path = write_lines(tmp_path / "x.jsonl", [{"text": text} for text in [*some, f"{some[0]}{question}？{some[1]}"]])
+    report = prepare(path, tokenizer_file, tmp_path / "out", val_fraction=0.0, decontaminate=tmp_path / "exam")
+    assert documents_of(tmp_path / "out", "train") == some and balanced(report)
+    assert report["sources"][0]["dropped"]["evaluation question"]["count"] == 1
+    assert "x_val.csv:2" in report["sources"][0]["dropped"]["evaluation question"]["examples"][0]["text"]
+
+
+def test_the_same_directory_is_locked_for_others(corpus_file, tokenizer_file, tmp_path):
+    held = lock(tmp_path / ".out.lock", "")
+    with pytest.raises(UserError, match=r"another process is writing .*out"):
+        prepare(corpus_file, tokenizer_file, tmp_path / "out")
+    held.close()
+    prepare(corpus_file, tokenizer_file, tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_textbook_command_and_its_readers(tmp_path, tokenizer_file, capsys):
@@ -678,7 +660,7 @@ def test_textbook_command_and_its_readers(tmp_path, tokenizer_file, capsys):
 def test_list_shows_every_reader(capsys):
     data_process.list_readers(data_process.ListConfig())
     shown = capsys.readouterr().out
-    for reader in [*PRETRAINING.values(), *INSTRUCTIONS.values()]:
+    for reader in [*PRETRAINING.values(), *INSTRUCTIONS.values(), *PREFERENCES.values()]:
         assert reader.name in shown and reader.layout in shown and reader.source in shown
 
 
@@ -686,58 +668,14 @@ def test_list_shows_every_reader(capsys):
 # Bad input
 
 
-GOOD = b'{"text": "\xe6\x98\xa5"}\n'
 BAD_FILES = {
-    # name of the case: (reader, content, what the error says; {0} is the file)
-    "empty": ("jsonl", b"", "{0} holds no document: 1 empty file"),
-    "only white space": ("lines", b" \n\n", "{0} holds no document"),
+    # name of the case: (reader, content, what the error says; {0} is the file). More of them: test_source.py
+    "empty": ("jsonl", b"", "{0} holds no document to write: 1 empty file"),
+    "only white space": ("lines", b" \n\n", "{0} holds no document to write: it is empty"),
+    "only empty texts": ("jsonl", b'{"text": " "}\n{"text": null}\n', "{0} holds no document to write: 2 empty text (first: {0}:1)"),
+    "only short texts": ("lines", b"ok\n", "{0} holds no document to write: 1 short (first: {0}:1)"),
     "binary": ("txt", b"abc\x00def", "{0} is binary (a zero byte at offset 3)"),
-    "utf-16": ("txt", "春".encode("utf-16"), "{0} is UTF-16"),
-    "gb18030": ("txt", "第一行 ok\n".encode() + "春眠".encode("gb18030"), "{0}:2: not UTF-8 (byte 0xb4 at offset 13)"),
-    "gb18030 lines": ("lines", b"ok\n" + "春眠".encode("gb18030") + b"\n", "{0}:2: not UTF-8 (byte 0xb4 at offset 3)"),
-    "gb18030 json": ("jsonl", GOOD + b'{"text": "' + "春".encode("gb18030") + b'"}\n', "{0}:2: not UTF-8"),
-    "gb18030 array": (
-        "jsonl",
-        b'[\n{"text": "' + "春".encode("gb18030") + b'"}]',
-        "{0}:2: not UTF-8 (byte 0xb4 at offset 12)",
-    ),
-    "cut inside a character": ("txt", "春".encode()[:2], "{0}:1: not UTF-8"),
-    "array cut off": (
-        "jsonl",
-        b'[\n{"text": "a"},\n{"text": "b',
-        "{0}:3: the JSON array is cut off: the file ends at byte 28",
-    ),
-    "array cut between": ("jsonl", b'[{"text": "a"},\n', "{0}:2: the JSON array is cut off"),
-    "array not JSON": ("jsonl", b'[{"text": "a"},\n{"text" "b"}]', "{0}:2: not valid JSON: Expecting ':' delimiter"),
-    "array not JSON early": ("jsonl", b'[{"text": "a"},\n{text: 1},\n' + b" " * 99 + b"]", "{0}:2: not valid JSON"),
-    "array without comma": (
-        "jsonl",
-        b'[{"text": "a"}\n{"text": "b"}]',
-        "{0}:2: not valid JSON: expected ']' or a comma",
-    ),
-    "array goes on": ("jsonl", b'[{"text": "a"}]\n{"text": "b"}', "{0}:1: text after the end of the JSON array"),
-    "no line is JSON": (
-        "jsonl",
-        b"hello\nworld\n",
-        "{0}:1: not valid JSON: Expecting value at column 1; {0} has no valid",
-    ),
-    "other fields": (
-        "jsonl",
-        b'{"title": "a", "content": "b"}\n',
-        "{0}:1: not the layout of 'jsonl': expected the fields text; found title, content",
-    ),
-    "other fields in an array": ("jsonl", b'[\n\n{"title": "a"}]', "{0}:3: not the layout of 'jsonl'"),
-    "other columns": (
-        "csv",
-        b"title,content\na,b\n",
-        "{0}:2: not the layout of 'csv': expected the fields text; found title",
-    ),
-    "csv cut off": ("csv", b'text\na\n"b\nc', "{0}:3: the file is cut off inside a quoted cell"),
-    "only empty texts": (
-        "jsonl",
-        b'{"text": ""}\n{"text": null}\n',
-        "{0} holds no document: 2 empty text (first: {0}:1)",
-    ),
+    "layout": ("jsonl", b'{"content": "x"}\n', "{0}:1: not the layout of 'jsonl': expected the fields text; found content"),
 }
 
 
@@ -752,31 +690,33 @@ def test_bad_file(case, tokenizer_file, tmp_path):
     assert [entry.name for entry in tmp_path.iterdir()] == ["input"]  # nothing half-written
 
 
-def test_bad_file_in_a_worker_run(tokenizer_file, corpus_file, tmp_path, small_chunks):
-    """The error comes late, while two workers are busy: still one message, and nothing left."""
+def test_a_late_error_in_a_worker_run(tokenizer_file, corpus_file, tmp_path, small_chunks):
+    """--strict: the error comes while two workers are busy: still one message."""
     bad = tmp_path / "bad.jsonl"
     bad.write_bytes(corpus_file.read_bytes() + b'{"text": "\xff"}\n')
     with pytest.raises(UserError, match=r"bad.jsonl:401: not UTF-8"):
-        prepare(bad, tokenizer_file, tmp_path / "out", workers=2)
-    assert [entry.name for entry in tmp_path.iterdir()] == ["bad.jsonl"]
+        prepare(bad, tokenizer_file, tmp_path / "out", workers=2, strict=True)
+    assert not (tmp_path / "out").exists()
+    report = prepare(bad, tokenizer_file, tmp_path / "out", workers=2)  # what was done before counts
+    assert report["sources"][0]["unreadable"] == {"not UTF-8": {"count": 1, "examples": [{"where": f"{bad}:401", "text": ""}]}}
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ([{"messages": turns("问")}], "holds no conversation with an answer: 1 no assistant turn (first: {0}:1)"),
+        ([{"messages": turns("问")}], "holds no conversation to write: 1 no assistant turn (first: {0}:1)"),
         (
             [{"messages": turns("问", "")}, {"messages": []}],
             "1 empty answer (first: {0}:1), 1 no assistant turn (first: {0}:2)",
         ),
         ([{"text": "x"}], "{0}:1: not the layout of 'messages': expected the fields messages; found text"),
-        ([], "holds no conversation with an answer: 1 empty file"),
+        ([], "holds no conversation to write: 1 empty file"),
     ],
 )
 def test_bad_sft_file(content, message, tmp_path):
     path = write_lines(tmp_path / "x.jsonl", content)
     with pytest.raises(UserError) as error:
-        sft(SftConfig((f"messages={path}",), tmp_path / "out"))
+        sft(f"messages={path}", out=tmp_path / "out")
     assert message.format(path) in str(error.value)
     assert [entry.name for entry in tmp_path.iterdir()] == ["x.jsonl"]
 
@@ -811,7 +751,7 @@ def test_command_line_names_all_mistakes_in_one_line(tmp_path):
         "/no/such/file does not exist",
         "txt=novel.txt",
         "no file that csv reads (*.csv)",
-        "--workers -1",
+        "--workers must be 0 or more, not -1",
         "--val-fraction 1.5",
     ):
         assert part in done.stderr
@@ -823,7 +763,7 @@ def test_command_line_names_all_mistakes_in_one_line(tmp_path):
 
 def test_command_line_reports_a_bad_line_of_input(tmp_path, tokenizer_file):
     (tmp_path / "x.json").write_text('[{"text": "a"},\n{"te', encoding="utf-8")
-    words = ["pretrain", "--corpus", "jsonl=x.json", "--tokenizer", tokenizer_file, "--out", "out"]
+    words = ["pretrain", "--strict", "--corpus", "jsonl=x.json", "--tokenizer", tokenizer_file, "--out", "out"]
     done = command(*words, cwd=tmp_path)
     assert (done.returncode, done.stderr) == (
         2,
@@ -857,7 +797,7 @@ def test_full_disk_is_one_line_and_goes_on_later(
     from settings import clean_exit
 
     prepare(corpus_file, tokenizer_file, tmp_path / "whole")
-    append, calls = token_files.TokenWriter.append, []
+    append, calls = spool.Spool.append, []
 
     def full(self, *arguments):
         calls.append(1)
@@ -866,7 +806,7 @@ def test_full_disk_is_one_line_and_goes_on_later(
         append(self, *arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(token_files.TokenWriter, "append", full)
+        patch.setattr(spool.Spool, "append", full)
         with pytest.raises(SystemExit) as stopped, clean_exit():
             prepare(corpus_file, tokenizer_file, tmp_path / "out")
     error = capsys.readouterr().err
@@ -876,50 +816,3 @@ def test_full_disk_is_one_line_and_goes_on_later(
     assert files_of(tmp_path / "out") == files_of(tmp_path / "whole")
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The real samples, where they are at hand
-
-
-@pytest.mark.parametrize(
-    ("argument", "documents", "skipped"),
-    [
-        ("txt=pretrain/laws", 166, {"empty text": 5}),
-        ("txt=pretrain/niutrans-classics", 120, {}),
-        ("chinese-poetry=pretrain/chinese-poetry", 15_755, {}),
-        ("jsonl=pretrain/format_samples", 300, {}),
-        ("lines=pretrain/format_samples", 30, {}),
-    ],
-)
-def test_real_pretraining_samples(argument, documents, skipped):
-    name, _, path = argument.partition("=")
-    if not (SHARED / path).exists():
-        pytest.skip("the real samples are not here")
-    corpus = Corpus.from_argument(f"{name}={SHARED / path}", PRETRAINING)
-    assert len(list(data_process.documents(corpus, lambda count: None))) == documents
-    assert {reason: entry["count"] for reason, entry in corpus.skipped.items()} == skipped
-
-
-@pytest.mark.parametrize(
-    ("argument", "kept", "shortened"),
-    [
-        ("alpaca=alpaca_zh_demo.json", 1000, {}),
-        ("alpaca=Belle_open_source_1k.json", 1000, {}),
-        ("alpaca=oaast_sft_zh.json", 689, {}),
-        ("alpaca=ruozhiba_qa2449_gpt4t.json", 2449, {}),
-        ("messages=medical_sft_1K_format.jsonl", 1000, {}),
-        (
-            "messages=sharegpt_zh_1K_format.first300.jsonl",
-            300,
-            {"empty question": 1, "last question without an answer": 1},
-        ),
-    ],
-)
-def test_real_instruction_samples(argument, kept, shortened):
-    name, _, path = argument.partition("=")
-    path = SHARED / "sft" / path
-    if not path.exists():
-        pytest.skip("the real samples are not here")
-    counts = {}
-    corpus = Corpus.from_argument(f"{name}={path}", INSTRUCTIONS)
-    assert len(list(data_process.conversations(corpus, counts, lambda count: None))) == kept
-    assert counts["shortened"] == shortened and not corpus.skipped

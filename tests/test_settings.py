@@ -33,6 +33,20 @@ def test_both_spellings_types_and_defaults():
     assert parse_config(Config, ["--data", "d", "--no-compile"]) == Config(data=Path("d"))
 
 
+def test_a_positional_word():
+    @dataclass(frozen=True)
+    class Look:
+        data: Path = flag(positional=True, help="a directory")
+        count: int = flag(3, "how many")
+
+    for argv in (["d", "--count", "5"], ["--count", "5", "d"]):
+        assert parse_config(Look, argv) == Look(Path("d"), 5)
+    with pytest.raises(UserError, match=r"^DATA is required: a directory"):
+        parse_config(Look, [])
+    with pytest.raises(UserError, match="unexpected word 'e'"):
+        parse_config(Look, ["d", "e"])
+
+
 def test_a_config_file_repeats_a_run_and_flags_win(tmp_path):
     config = Config(data=Path("d"), lr=1.0, names=("p",), steps=7)
     (tmp_path / "args.json").write_text(json.dumps({**config_to_dict(config), "run": {"device": "cpu"}}))
