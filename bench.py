@@ -331,7 +331,7 @@ def bare_worker(config: DataConfig, processes: int) -> dict:
     texts = []
     for path in config.input:
         with open(path, encoding="utf-8") as file:
-            texts += [json.loads(line)["text"] if path.endswith(".jsonl") else line for line in file if not line.isspace()]
+            texts += [json.loads(line)["text"] if path.endswith(".jsonl") else line.strip() for line in file if not line.isspace()]
     model = next(Path(config.tokenizer).glob("*.model"), None) if Path(config.tokenizer).is_dir() else Path(config.tokenizer)
     if model is None:
         raise UserError(f"{config.tokenizer} holds no sentencepiece model to compare with")

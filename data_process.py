@@ -44,7 +44,7 @@ from dedup import BANDS, MIN_CHARS, NGRAM, PERMUTATIONS, THRESHOLD
 from download import DownloadConfig, fetch
 from encoders import LeftOut, Recipe, cleaned_text, results
 from files import lock, write_json, write_text
-from readers import INSTRUCTIONS, PREFERENCES, PRETRAINING, Corpus, Reader
+from readers import INSTRUCTIONS, PREFERENCES, PRETRAINING, Corpus
 from selection import duplicate_examples, duplicates_of, select, shard_folders, shard_settings, source_reports
 from spool import CHUNKS_PER_SAVE, START, Chunk, Spool, join_shards
 from tables import print_table
@@ -331,7 +331,6 @@ def finish(spool: Spool, partial: Path, out: Path, tokenizer: Tokenizer | None, 
 
     examples = duplicate_examples(folder, duplicates, len(settings["corpora"]), as_text)
     sources = source_reports(settings, spool.totals, chosen, examples)
-    names = [f"{source['name']}={source['path']}" for source in sources]
     meta = {"format": FORMATS[kind]}
     if tokenizer:
         meta |= {"dtype": dtype.name, "vocab_size": len(tokenizer), "tokenizer_sha256": tokenizer.fingerprint,
@@ -340,8 +339,7 @@ def finish(spool: Spool, partial: Path, out: Path, tokenizer: Tokenizer | None, 
     splits = {name: {**counts, UNITS[kind]: counts["units"]} for name, counts in chosen["splits"].items()}
     for counts in splits.values():
         del counts["units"]
-        by_source = counts.pop("by_source")
-        counts["sources"] = dict(zip(names, by_source))
+        counts["sources"] = counts.pop("by_source")
         if not tokenizer:
             del counts["max_id"]
     meta |= {"splits": splits, "sources": [{name: source[name] for name in ("name", "path", "records", "kept")} for source in sources],
@@ -503,18 +501,17 @@ class ListConfig:
 
 
 def list_readers(config: ListConfig) -> dict:
-    """Print the tables of readers."""
+    """Print the readers: name and layout, and below it size, licence and where to get it."""
     flags = {"pretrain": "--corpus", "sft": "--dataset", "preferences": "--dataset"}
+    width = max(len(name) for table in TABLES.values() for name in table) + 4
     for command, table in TABLES.items():
-        rows = [_row(reader) for reader in table.values()]
-        print_table((f"{command} {flags[command]}", "layout", "size", "licence", "where from"), rows)
+        print(f"{command} {flags[command]} NAME=PATH\n")
+        for reader in table.values():
+            print(f"  {reader.name + (' ↓' if reader.downloads else ''):<{width}}{reader.layout}")
+            print(f"  {'':<{width}}    {' · '.join(filter(None, (reader.size, reader.licence, reader.source)))}")
         print()
     print("↓ can be fetched: python data_process.py download NAME")
     return {command: list(table) for command, table in TABLES.items()}
-
-
-def _row(reader: Reader) -> tuple[str, ...]:
-    return reader.name + (" ↓" if reader.downloads else ""), reader.layout, reader.size, reader.licence, reader.source
 
 
 COMMANDS = {

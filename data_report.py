@@ -50,6 +50,17 @@ def source_name(source: dict) -> str:
     return f"{source['name']}{weight}={source['path']}"
 
 
+def _short_name(source: dict, width: int) -> str:
+    """source_name in at most `width` columns: of a long path the end tells more than the beginning."""
+    name, path = source_name(source).split("=", 1)
+    room = width - display_width(name) - 1
+    if display_width(path) > room:
+        while display_width(path) > max(room - 1, 8):
+            path = path[1:]
+        path = "…" + path
+    return _cut(f"{name}={path}", width)
+
+
 def _count(rules: dict) -> int:
     return sum(rule["count"] for rule in rules.values())
 
@@ -68,7 +79,7 @@ def _share(part: int, whole: int) -> str:
 
 def _tables(report: dict, width: int) -> tuple[tuple, tuple]:
     """(header, rows) of what happened to the records of each source, and of what is in each split. Empty columns go."""
-    rows = [{"source": _cut(source_name(source), width), "files": source["files"], "MB": source["input_bytes"] / 1e6,
+    rows = [{"source": _short_name(source, width), "files": source["files"], "MB": source["input_bytes"] / 1e6,
              "records": source["records"], **_left_out(source), "kept": source["kept"], "written": source["written"]}
             for source in report["sources"]]  # fmt: skip
     if len(rows) > 1:
@@ -150,7 +161,7 @@ def print_report(report: dict, out: Path, seconds: float, workers: int, resumed:
         for kind in ("exact", "near"):
             texts = [example["text"] for example in source["duplicates"]["examples"] if example["kind"] == kind]
             problems.append(("dropped", f"{kind} duplicate", source, source["duplicates"][kind], "".join(texts[:1])))
-    rows = [(kind, _cut(why, 40), _cut(source_name(source), 24), f"{count:,}", _share(count, source["records"]), _cut(text, 48))
+    rows = [(kind, _cut(why, 40), _short_name(source, 24), f"{count:,}", _share(count, source["records"]), _cut(text, 48))
             for kind, why, source, count, text in problems if count]  # fmt: skip
     if rows:
         print_table(("", "why", "source", "records", "", "first example"), rows, right=(3, 4))
@@ -162,8 +173,8 @@ def print_report(report: dict, out: Path, seconds: float, workers: int, resumed:
 
 
 def _example(rule: dict) -> str:
-    """The first example of a rule: its place, and its text if there is one."""
-    return next((f"{e['where']}  {e['text']}".rstrip() for e in rule["examples"]), "")
+    """The first example of a rule: its place without the folders, and its text if there is one."""
+    return next((f"{re.sub(r'^[^ ]*/', '', e['where'])}  {e['text']}".rstrip() for e in rule["examples"]), "")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -185,7 +196,7 @@ def report_markdown(report: dict) -> str:
     lines += _section(f"Lengths in {report['lengths']['unit']}", _chart(_histogram(report["lengths"])))
     for name, split in report["splits"].items():
         unit = {"pretrain": "tokens", "sft": "answers", "preferences": "pairs"}[report["command"]]
-        shares = [(_cut(source, 48), count) for source, count in split["sources"].items() if count]
+        shares = [(_short_name(source, 48), count) for source, count in zip(report["sources"], split["sources"]) if count]
         lines += _section(f"Sources of {name}, by {unit}", _chart(shares))
     settings = json.dumps(_short(report["settings"]), indent=2, ensure_ascii=False)
     lines += _section("Settings", ["```json", *settings.split("\n"), "```"])
@@ -205,7 +216,7 @@ def _chart(rows: list[tuple[str, int]]) -> list[str]:
 
 
 def _encodings(report: dict) -> list[str]:
-    rows = [(_cut(source_name(source), 100), encoding, f"{count:,}") for source in report["sources"]
+    rows = [(_short_name(source, 100), encoding, f"{count:,}") for source in report["sources"]
             for encoding, count in source["encodings"].items() if encoding not in ("utf-8", "utf-8-sig")]  # fmt: skip
     return _table(("source", "encoding", "files"), rows, right=(2,))
 
@@ -218,7 +229,7 @@ def _rules(report: dict, kind: str) -> list[str]:
             if not rule["count"]:
                 continue
             totals[reason] = totals.get(reason, 0) + rule["count"]
-            cells = [_cut(reason, 60), _cut(source_name(source), 48), f"{rule['count']:,}", _share(rule["count"], source["records"])]
+            cells = [_cut(reason, 60), _short_name(source, 48), f"{rule['count']:,}", _share(rule["count"], source["records"])]
             examples = [(_cut(e["where"], 60), _cut(e["text"], 80)) for e in rule["examples"][:EXAMPLES]] or [("", "")]
             rows += [[*cells, *examples[0]], *(["", "", "", "", *example] for example in examples[1:])]
     chart = _chart(sorted(((_cut(reason, 60), count) for reason, count in totals.items()), key=lambda row: -row[1]))
@@ -227,7 +238,7 @@ def _rules(report: dict, kind: str) -> list[str]:
 
 
 def _duplicates(report: dict) -> list[str]:
-    rows = [(example["kind"], _cut(source_name(source), 48), _cut(example["text"], 80), _cut(example["original"], 80))
+    rows = [(example["kind"], _short_name(source, 48), _cut(example["text"], 80), _cut(example["original"], 80))
             for source in report["sources"] for example in source["duplicates"]["examples"]]  # fmt: skip
     return _table(("kind", "source", "left out", "because of"), rows)
 

@@ -181,8 +181,8 @@ def test_decode_speeds(monkeypatch, small, capsys):
 def test_loss_and_data_tables(here, small, tmp_path, capsys):
     summary = bench.loss(LossConfig(model=small, micro_batch=1, seq_len=16, repeats=2, steps=1, warmup=0, **CPU))
     assert set(summary) == set(bench.losses()) and all(entry["seconds"] > 0 for entry in summary.values())
-    (tmp_path / "t.txt").write_text("\n".join(f"第{i}行是一句话。" for i in range(200)), encoding="utf-8")
-    tokenizer_module.train([tmp_path / "t.txt"], 295, tmp_path / "tokenizer")
+    (tmp_path / "t.txt").write_text("\n".join(f"第{i}行，法国的首都是巴黎。" for i in range(200)), encoding="utf-8")
+    tokenizer_module.train([tmp_path / "t.txt"], 300, tmp_path / "tokenizer")
     speeds = bench.data(DataConfig(tokenizer=tmp_path / "tokenizer", input=(str(tmp_path / "t.txt"),),
                                    sides=("sentencepiece", "1", "1+clean"), repeats=1))  # fmt: skip
     assert speeds["1"]["mb_per_s"] > 0 and speeds["1"]["tokens"] == speeds["1+clean"]["tokens"] == speeds["sentencepiece"]["tokens"] + 200

@@ -168,7 +168,7 @@ def test_token_file_decodes_to_the_documents(corpus_file, tokenizer_file, tmp_pa
         found[split] = documents_of(tmp_path / "out", split)
         counts = meta["splits"][split]
         assert counts == report["splits"][split]
-        assert counts["tokens"] == len(tokens) == sum(counts["sources"].values())
+        assert counts["tokens"] == len(tokens) == sum(counts["sources"])
         assert counts["documents"] == len(found[split])
         assert counts["bytes"] == sum(len(text.encode("utf-8")) for text in found[split])
         assert counts["characters"] == sum(map(len, found[split]))

@@ -36,8 +36,8 @@ REPORT = {
     "sources": [POEMS, PAGES],
     "splits": {
         "train": {"documents": 2300, "tokens": 230_000, "bytes": 1_200_000, "characters": 400_000,
-                  "sources": {"chinese-poetry:2=诗词": 200_000, "jsonl=pages": 30_000}},
-        "val": {"documents": 97, "tokens": 9_700, "bytes": 60_000, "characters": 20_000, "sources": {"jsonl=pages": 9_700}},
+                  "sources": [200_000, 30_000]},
+        "val": {"documents": 97, "tokens": 9_700, "bytes": 60_000, "characters": 20_000, "sources": [0, 9_700]},
     },
     "lengths": {"unit": "tokens", "edges": [0, 16, 32, 64, 128], "counts": [0, 16, 0, 8, 1]},
     "questions": {"count": 1540, "unused": 55},
@@ -59,12 +59,12 @@ train      2,300  230,000        1.20     400,000                  1.74
 val           97    9,700        0.06      20,000                  2.06
 
             why                  source                 records         first example
-dropped     too short            chinese-poetry:2=诗词       90  7.50%  诗词/宋词.json:3 春眠|不觉`晓` *处处*
+dropped     too short            chinese-poetry:2=诗词       90  7.50%  宋词.json:3 春眠|不觉`晓` *处处*
 changed     spaces               chinese-poetry:2=诗词        7  0.58%
 dropped     exact duplicate      chinese-poetry:2=诗词       10  0.83%  黄河
 dropped     near duplicate       chinese-poetry:2=诗词      100  8.33%  白日依山尽
-unreadable  not valid JSON       jsonl=pages                  2  0.50%  pages/a.jsonl:7
-dropped     evaluation question  jsonl=pages                  1  0.25%  pages/a.jsonl:8 问问问问问问问问问问问问问问问…
+unreadable  not valid JSON       jsonl=pages                  2  0.50%  a.jsonl:7
+dropped     evaluation question  jsonl=pages                  1  0.25%  a.jsonl:8 问问问问问问问问问问问问问问问问问问…
 
 3.5 MB of input, 2.0 s with 2 workers, 1.8 MB/s
 the full report: data/pretrain/report.md
@@ -79,7 +79,7 @@ def test_the_terminal(capsys):
 def test_the_terminal_with_nothing_to_tell(capsys):
     """One clean source of instructions: no empty columns, no problems, no sum of one row, no tokens."""
     source = {**PAGES, "unreadable": {}, "dropped": {}, "records": 397}
-    train = {"documents": 397, "bytes": 1_000_000, "characters": 300_000, "sources": {}}
+    train = {"documents": 397, "bytes": 1_000_000, "characters": 300_000, "sources": [397]}
     report = changed(command="sft", sources=[source], splits={"train": train}, questions=None)
     print_report(report, Path("data/sft"), seconds=2.0, workers=1, resumed=True)
     assert capsys.readouterr().out == """\
