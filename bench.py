@@ -28,6 +28,7 @@ import sys
 import tempfile
 import time
 import zlib
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -39,7 +40,6 @@ from torch import nn
 from tqdm import tqdm
 
 from checkpoint import resolve_model_dir
-from data_process import PretrainConfig, prepare
 from files import write_json
 from model import IGNORE, PRESETS, Llama, LlamaConfig, linear_cross_entropy
 from runtime import Machine, human, peak_rss
@@ -47,6 +47,17 @@ from tables import markdown_table, print_table
 
 GIB = 2**30
 DATA_SIDE = re.compile(r"(?P<bare>sentencepiece)(\*(?P<processes>[1-9]\d*))?|(?P<workers>[1-9]\d*)(\+(?P<extra>clean|minhash))?")
+DATA_RUN = """
+import json, sys, time
+from pathlib import Path
+import data_process
+order = json.loads(sys.argv[1])
+order |= {"corpus": tuple(order["corpus"]), "without": tuple(order.get("without", ())), "tokenizer": Path(order["tokenizer"]),
+          "out": Path(order["out"])}
+config, start = data_process.PretrainConfig(**order), time.perf_counter()
+data_process.prepare(config)
+print(time.perf_counter() - start)
+"""
 MAY_BE_ZERO = ("seed", "warmup", "peak_tflops")
 
 
@@ -313,17 +324,21 @@ def data_worker(config: DataConfig, side: str) -> dict:
     side = DATA_SIDE.fullmatch(side)
     if side["bare"]:
         return bare_worker(config, int(side["processes"] or 1))
-    corpora = tuple(f"{'jsonl' if Path(path).suffix == '.jsonl' else 'lines'}={path}" for path in config.input)
-    steps = {None: {"dedup": "none", "without": ("all",)}, "clean": {"dedup": "exact"}, "minhash": {"dedup": "minhash"}}
-    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):
-        job = PretrainConfig(corpus=corpora, tokenizer=Path(config.tokenizer), out=Path(folder) / "data",
-                             workers=int(side["workers"]), val_fraction=0.0, **steps[side["extra"]])  # fmt: skip
-        start = time.perf_counter()
-        source = prepare(job)["sources"]
-        seconds = time.perf_counter() - start
-        counts = json.loads((job.out / "meta.json").read_text(encoding="utf-8"))["splits"]["train"]
-    return {"seconds": seconds, "bytes": sum(part["input_bytes"] for part in source), "tokens": counts["tokens"],
-            "peak_memory": peak_rss() + peak_rss(children=True), "device": "", "versions": ""}  # fmt: skip
+    corpora = [f"{'jsonl' if Path(path).suffix == '.jsonl' else 'lines'}={path}" for path in config.input]
+    steps = {None: {"dedup": "none", "without": ["all"]}, "clean": {"dedup": "exact"}, "minhash": {"dedup": "minhash"}}
+    with tempfile.TemporaryDirectory() as folder:
+        order = {"corpus": corpora, "tokenizer": str(config.tokenizer), "out": f"{folder}/data", "workers": int(side["workers"]),
+                 "val_fraction": 0.0, **steps[side["extra"]]}  # fmt: skip
+        # In a process that holds no torch, because its workers would import it too.
+        here = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parent)}
+        done = subprocess.run([sys.executable, "-c", DATA_RUN, json.dumps(order)], env=here, capture_output=True, encoding="utf-8",
+                              errors="replace")  # fmt: skip
+        if done.returncode:
+            raise UserError(done.stderr.strip().rpartition("\n")[2].removeprefix("settings.UserError: "))
+        report = json.loads(Path(folder, "data", "report.json").read_text(encoding="utf-8"))
+    size = sum(source["input_bytes"] for source in report["sources"])
+    return {"seconds": float(done.stdout.splitlines()[-1]), "bytes": size, "tokens": report["splits"]["train"]["tokens"],
+            "peak_memory": peak_rss(children=True), "device": "", "versions": ""}  # fmt: skip
 
 
 def bare_worker(config: DataConfig, processes: int) -> dict:
@@ -335,27 +350,27 @@ def bare_worker(config: DataConfig, processes: int) -> dict:
     model = next(Path(config.tokenizer).glob("*.model"), None) if Path(config.tokenizer).is_dir() else Path(config.tokenizer)
     if model is None:
         raise UserError(f"{config.tokenizer} holds no sentencepiece model to compare with")
+    share = len(texts) // processes + 1
+    parts = [texts[at * share : (at + 1) * share] for at in range(processes)]
     context = multiprocessing.get_context("spawn")
-    share, queue, ready = len(texts) // processes + 1, context.Queue(), context.Barrier(processes)
-    parts = [context.Process(target=_bare_loop, args=(str(model), texts[at * share : (at + 1) * share], ready, queue))
-             for at in range(processes)]  # fmt: skip
-    for part in parts:
-        part.start()
-    done = [queue.get() for _ in parts]
-    for part in parts:
-        part.join()
-    return {"seconds": max(seconds for seconds, _ in done), "bytes": sum(os.path.getsize(path) for path in config.input),
-            "tokens": sum(tokens for _, tokens in done), "peak_memory": peak_rss(), "device": "", "versions": ""}  # fmt: skip
+    with ProcessPoolExecutor(processes, mp_context=context, initializer=_bare_start, initargs=(str(model),)) as pool:
+        list(pool.map(_bare_loop, [["begin"]] * processes))
+        start = time.perf_counter()
+        tokens = sum(pool.map(_bare_loop, parts))
+        seconds = time.perf_counter() - start
+    return {"seconds": seconds, "bytes": sum(os.path.getsize(path) for path in config.input), "tokens": tokens,
+            "peak_memory": peak_rss(), "device": "", "versions": ""}  # fmt: skip
 
 
-def _bare_loop(model: str, texts: list[str], ready, queue) -> None:
+def _bare_start(model: str) -> None:
+    global _processor
     import sentencepiece
 
-    processor = sentencepiece.SentencePieceProcessor(model_file=model)
-    ready.wait()
-    start = time.perf_counter()
-    tokens = sum(len(processor.encode(text)) for text in texts)
-    queue.put((time.perf_counter() - start, tokens))
+    _processor = sentencepiece.SentencePieceProcessor(model_file=model)
+
+
+def _bare_loop(texts: list[str]) -> int:
+    return sum(len(_processor.encode(text)) for text in texts)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -497,7 +512,7 @@ def data(config: DataConfig) -> dict:
         rows.append((side, f"{seconds:.2f}", spread(results), f"{megabytes / seconds:.2f}", human(tokens / seconds),
                      f"{middle(results, 'peak_memory') / GIB:.2f}"))  # fmt: skip
     title = f"{megabytes:,.1f} MB of text to {tokens:,} tokens, tokenizer {config.tokenizer}"
-    header = ("side", "seconds", "spread", "MB/s", "tokens/s", "peak GiB, main + largest worker")
+    header = ("side", "seconds", "spread", "MB/s", "tokens/s", "peak GiB of a process")
     if len(config.sides) > 1:
         first = config.sides[0]
         header = (*header, f"speed / {first}")

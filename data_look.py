@@ -25,7 +25,7 @@ from pathlib import Path
 
 import numpy as np
 
-from chat_template import TEMPLATES
+from chat_template import TEMPLATES, check_name
 from tables import display_width
 from token_files import FORMAT, SPLITS, open_tokens
 from tokenizer import Tokenizer, load_tokenizer
@@ -73,15 +73,15 @@ class Documents:
         if self.eos is None:
             raise UserError(f"{folder} has no eos token, so there is no telling where documents end")
         self.starts, self.unit = array("q", [0]), "token"
+        self.searched = 0  # up to which token `starts` is complete
 
     def position(self, number: int) -> int | None:
-        """Where document `number` starts; None if there are fewer. Reads on from the last one known."""
-        while len(self.starts) <= number:
-            after = self.after(self.starts[-1])
-            if after is None:
-                return None
-            self.starts.append(after)
-        return self.starts[number]
+        """Where document `number` starts; None if there are fewer. Reads on from where it has searched so far."""
+        while len(self.starts) <= number and self.searched < self.size:
+            starts = self.searched + 1 + np.flatnonzero(self.data.tokens[self.searched : self.searched + BLOCK] == self.eos)
+            self.starts.extend(starts[starts < self.size].tolist())
+            self.searched += BLOCK
+        return self.starts[number] if number < len(self.starts) else None
 
     def after(self, position: int) -> int | None:
         """Where the first document behind a position starts."""
@@ -111,6 +111,8 @@ class Records:
         self.tokenizer = load_tokenizer(config.tokenizer) if config.tokenizer else None
         if config.tokens and not self.tokenizer:
             raise UserError(f"{path} holds text: --tokens needs --tokenizer")
+        if self.tokenizer:
+            self.template = check_name(self.tokenizer, config.template or self.tokenizer.default_template())
 
     def position(self, number: int) -> int | None:
         """Where line `number` starts (blank lines do not count); None if there are fewer."""
@@ -138,17 +140,20 @@ class Records:
         return None
 
     def show(self, position: int, paint: Paint, config: LookConfig) -> tuple[str, str]:
+        """(what it is, text) of the record that starts at a position; of a bad one, what is wrong with it."""
         self.stream.seek(position)
-        where = f"{self.path}, byte {position:,}"
+        what = f"bad record at byte {position:,}"
         try:
             record = json.loads(self.stream.readline().decode("utf-8-sig"))
-        except ValueError:
-            raise UserError(f"{where}: not a line of JSON in UTF-8") from None
+        except (ValueError, RecursionError):
+            return what, paint("not a line of JSON in UTF-8", "red")
         try:
             return self._shown(record, paint, config)
+        except UserError as error:  # the template's
+            return what, paint(plain(str(error)), "red")
         except (KeyError, TypeError):
-            fields = f"; its fields are {', '.join(record)}" if isinstance(record, dict) else ""
-            raise UserError(f"{where}: neither messages nor a preference as `sft` and `preferences` write them{fields}") from None
+            fields = plain(f"; its fields are {', '.join(record)}") if isinstance(record, dict) else ""
+            return what, paint(f"neither messages nor a preference as `sft` and `preferences` write them{fields}", "red")
 
     def _shown(self, record: dict, paint: Paint, config: LookConfig) -> tuple[str, str]:
         """KeyError or TypeError if the record has another layout."""
@@ -158,10 +163,9 @@ class Records:
             return "", "\n\n".join([turns(record["prompt"], paint), *answers])
         if self.tokenizer is None:
             return f"{len(record['messages'])} messages", turns(record["messages"], paint)
-        template = config.template or self.tokenizer.default_template()
-        ids, mask = self.tokenizer.render(record["messages"], template)
+        ids, mask = self.tokenizer.render(record["messages"], self.template)
         text = painted_tokens(self.tokenizer, ids, mask, paint, config.tokens)
-        return f"{len(ids):,} tokens, {sum(mask):,} trained, template {template}", text
+        return f"{len(ids):,} tokens, {sum(mask):,} trained, template {self.template}", text
 
 
 def opened(config: LookConfig) -> Documents | Records:
@@ -210,7 +214,7 @@ def plain(text: str) -> str:
 
 def turns(messages: list[dict], paint: Paint) -> str:
     """A conversation as text under the names of its roles."""
-    return "\n\n".join(paint(message["role"], "bold") + "\n" + plain(message["content"]) for message in messages)
+    return "\n\n".join(paint(plain(message["role"]), "bold") + "\n" + plain(message["content"]) for message in messages)
 
 
 def painted_tokens(tokenizer: Tokenizer, ids: list[int], mask: list[int], paint: Paint, tokens: bool) -> str:
@@ -249,7 +253,7 @@ def look(config: LookConfig) -> dict:
     """Show what was prepared. Returns {"shown": how many}."""
     collection = opened(config)
     interactive = sys.stdout.isatty()
-    paint = Paint(interactive and "NO_COLOR" not in os.environ)
+    paint = Paint(interactive and not os.environ.get("NO_COLOR"))  # https://no-color.org
     shown, number = 0, config.start
     while interactive or shown < config.count:
         position = find(collection, config, number)

@@ -4,7 +4,7 @@
     python data_process.py pretrain --corpus textbook=data/textbook          # trains a tokenizer first, if there is none
     python data_process.py pretrain --corpus wudao=WuDao/ c4:0.5=c4-zh/ --tokenizer chatglm2/ --dedup minhash --out data/pretrain
     python data_process.py sft      --dataset alpaca=alpaca_zh.json sharegpt=sharegpt.jsonl --out data/sft
-    python data_process.py preferences --dataset medical-reward=train.json --out data/preferences
+    python data_process.py preferences --dataset medical=train.json --out data/preferences
     python data_process.py list                                              # the readers: name, layout, where from
     python data_process.py look data/sft --tokenizer out/tokenizer           # page through what was made
 
@@ -19,45 +19,40 @@ token_files.py.
 
 from __future__ import annotations
 
-from settings import UserError, command_line, flag
+from settings import UserError, command_line, flag, read_json, too_small
 
-import dataclasses
 import filecmp
+import functools
 import json
 import os
 import re
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 
-from tqdm import tqdm
-
-from cleaning import RULES, Cleaner
+from chunks import CHUNK_CHARACTERS, CHUNK_RECORDS, chunks
+from cleaning import MAX_CHARS, MIN_CHARS, RULES, Cleaner
 from data_look import LookConfig, look
-from data_report import checked, print_report, report_markdown
+from data_report import print_report
 from decontamination import SHARE, Questions
-from dedup import BANDS, MIN_CHARS, NGRAM, PERMUTATIONS, THRESHOLD
+from dedup import BANDS, NGRAM, PERMUTATIONS, THRESHOLD
+from dedup import MIN_CHARS as SHORTEST
 from download import DownloadConfig, fetch
 from encoders import LeftOut, Recipe, cleaned_text, results
-from files import lock, write_json, write_text
+from files import copy_files, locked
 from readers import INSTRUCTIONS, PREFERENCES, PRETRAINING, Corpus
-from selection import duplicate_examples, duplicates_of, select, shard_folders, shard_settings, source_reports
-from spool import CHUNKS_PER_SAVE, START, Chunk, Spool, join_shards
+from selection import FORMATS, finish, progress_bar, shard_folders, shard_settings
+from spool import CHUNKS_PER_SAVE, VERSION, Spool, join_shards
 from tables import print_table
-from token_files import FORMAT, SPLITS, finished, token_dtype
+from token_files import finished, refuse_foreign, refuse_other_settings
 from tokenizer import Tokenizer, load_tokenizer, train
 
-FORMATS = {"pretrain": FORMAT, "sft": "cria-messages-1", "preferences": "cria-preferences-1"}
 TABLES = {"pretrain": PRETRAINING, "sft": INSTRUCTIONS, "preferences": PREFERENCES}
-NOUNS = {"pretrain": "document", "sft": "conversation", "preferences": "pair"}
-UNITS = {"pretrain": "tokens", "sft": "answers", "preferences": "pairs"}
 TRAINING_BYTES = 64 << 20  # of text, for a tokenizer of our own
-CHUNK_CHARACTERS = 1 << 18  # of text that a worker gets at a time
-CHUNK_RECORDS = 1 << 12
+LARGEST_WEIGHT = 1000
 CHUNKS_WORTH_A_WORKER = 16  # starting a process takes as long as encoding about so many
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -75,8 +70,6 @@ class DataConfig:
     dedup_permutations: int = flag(PERMUTATIONS, "minhash: length of a signature; more is more exact, and slower")
     memory: int = flag(1024, "MiB that finding duplicates may take; beyond, it works on the disk")
     without: tuple[str, ...] = flag((), f"cleaning rules to switch off: all, or some of {', '.join(RULES)}")
-    min_chars: int = flag(10, "drop texts with fewer characters than this")
-    max_chars: int = flag(10_000_000, "drop texts with more characters than this")
     mask_pii: bool = flag(False, "replace phone numbers, id cards and e-mail addresses by placeholders")
     simplify: bool = flag(False, "traditional to simplified characters (needs the package opencc)")
     decontaminate: Path | None = flag(None, "folder of evaluation questions: drop the texts that hold them")
@@ -87,21 +80,21 @@ class DataConfig:
     shard: str | None = flag(None, "i/n: do only the i-th of n parts, for `merge`")
 
     def problems(self) -> list[str]:
-        found = [f"--{name.replace('_', '-')} must be {least:g} or more, not {value}" for name, least in
-                 (("workers", 0), ("memory", 1), ("dedup_permutations", 1), ("min_chars", 0), ("max_chars", 1), ("limit", 1), ("seed", 0))
-                 if (value := getattr(self, name)) is not None and value < least]  # fmt: skip
+        found = too_small(self, "workers", "seed", least=0) + too_small(self, "memory", "dedup_permutations", "limit", least=1)
+        found += [f"--seed {self.seed} is too large"] if self.seed >= 1 << 63 else []
         found += [] if 0 <= self.val_fraction < 1 else [f"--val-fraction {self.val_fraction}: needs 0 or more and less than 1"]
         shares = ("dedup_threshold", "decontaminate_share")
         found += [f"--{name.replace('_', '-')} {value}: needs a share above 0, up to 1" for name in shares
                   if not 0 < (value := getattr(self, name)) <= 1]  # fmt: skip
         if self.dedup_permutations % BANDS:
             found.append(f"--dedup-permutations {self.dedup_permutations}: needs a multiple of {BANDS}, the number of bands")
+        found += [] if self.out.name else [f"--out {self.out}: name a new directory"]
         for check in (lambda: self.part, lambda: Cleaner(**self.cleaner())):
             try:
                 check()
             except UserError as error:
                 found.append(str(error))
-        return found + _sources(self)[1]
+        return found + self.sources[1]
 
     @property
     def part(self) -> tuple[int, int]:
@@ -111,10 +104,26 @@ class DataConfig:
             raise UserError(f"--shard {self.shard}: write i/n with i from 1 to n, such as 2/4")
         return int(match[1]) - 1, int(match[2])
 
+    @functools.cached_property
+    def sources(self) -> tuple[list[Corpus], list[str]]:
+        """What every NAME=PATH names, and everything that is wrong with them."""
+        name = "corpus" if self.kind == "pretrain" else "dataset"
+        corpora, problems = [], []
+        for argument in getattr(self, name):
+            try:
+                corpora.append(Corpus.from_argument(argument, TABLES[self.kind], strict=self.strict))
+            except UserError as error:
+                problems.append(f"--{name}: {error}")
+        problems += [f"--{name}: the weight {corpus.weight:g} is more than {LARGEST_WEIGHT}" for corpus in corpora
+                     if corpus.weight > LARGEST_WEIGHT]  # fmt: skip
+        out = self.out.resolve()
+        problems += [f"--out {self.out} lies within {corpus.path}, which is read" for corpus in corpora
+                     if corpus.path.is_dir() and out.is_relative_to(corpus.path.resolve())]  # fmt: skip
+        return corpora, problems
+
     def cleaner(self) -> dict:
         without = tuple(RULES) if "all" in self.without else self.without
-        return {"without": without, "min_chars": self.min_chars, "max_chars": self.max_chars, "mask_pii": self.mask_pii,
-                "simplify": self.simplify}  # fmt: skip
+        return {"without": without, "mask_pii": self.mask_pii, "simplify": self.simplify}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,7 +134,15 @@ class PretrainConfig(DataConfig):
     out: Path = flag(Path("data/pretrain"), "directory to write")
     val_fraction: float = flag(0.01, "share of the documents for validation, chosen by their hash; 0: no val.bin")
     vocab_size: int = flag(6400, "size of the tokenizer that is trained where none is given")
+    min_chars: int = flag(MIN_CHARS, "drop texts with fewer characters than this, spaces not counted")
+    max_chars: int = flag(MAX_CHARS, "drop texts with more characters than this")
     kind = "pretrain"
+
+    def problems(self) -> list[str]:
+        return too_small(self, "min_chars", least=0) + too_small(self, "max_chars", "vocab_size", least=1) + super().problems()
+
+    def cleaner(self) -> dict:
+        return {**super().cleaner(), "min_chars": self.min_chars, "max_chars": self.max_chars}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,71 +159,6 @@ class PreferencesConfig(SftConfig):
     kind = "preferences"
 
 
-def _sources(config: DataConfig) -> tuple[list[Corpus], list[str]]:
-    """Parse all NAME=PATH; the second list names everything that is wrong with them."""
-    name = "corpus" if config.kind == "pretrain" else "dataset"
-    corpora, problems = [], []
-    for argument in getattr(config, name):
-        try:
-            corpora.append(Corpus.from_argument(argument, TABLES[config.kind], strict=config.strict))
-        except UserError as error:
-            problems.append(f"--{name}: {error}")
-    return corpora, problems
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Reading: corpora -> chunks
-
-
-def chunks(corpora: list[Corpus], on_progress, start: tuple = START, limit: int | None = None) -> Iterator[Chunk]:
-    """The records of all corpora in order, cut into chunks; where they are cut depends on the input alone.
-
-    `start` is the `end` of a chunk: reading goes on behind it. What the reader could not use travels with the chunk.
-    """
-    source, first_file, done, seen, index = start
-    for number in range(source, len(corpora)):
-        corpus = corpora[number]
-        chunk, size, current = Chunk(index, number), 0, first_file if done else -1
-
-        def skipped(reason: str, where: str) -> None:
-            nonlocal seen
-            if limit is None or seen < limit:
-                seen += 1
-                chunk.skipped.append((reason, where))  # noqa: B023 (the chunk of the moment is meant)
-
-        for file, record in corpus.records(on_progress, on_skip=skipped, start=(first_file, done)):
-            if limit is not None and seen >= limit:
-                break
-            if file.index != current:
-                current, done = file.index, 0
-                chunk.encodings += [file.encoding] if file.encoding != "utf-8" else []
-            chunk.records.append(record)
-            chunk.places.append(file.where())
-            done, seen, size = done + 1, seen + 1, size + _characters(record)
-            if size >= CHUNK_CHARACTERS or len(chunk.records) >= CHUNK_RECORDS:
-                chunk.end = (number, current, done, seen, index + 1)
-                yield chunk
-                index += 1
-                chunk, size = Chunk(index, number), 0
-        chunk.end = (number + 1, 0, 0, 0, index + 1)
-        yield chunk  # the rest of the corpus; it may be empty
-        first_file, done, seen, index = 0, 0, 0, index + 1
-
-
-def _characters(record) -> int:
-    """About how much text there is in a record."""
-    if isinstance(record, str):
-        return len(record)
-    if isinstance(record, dict):
-        return sum(map(_characters, record.values()))
-    return sum(map(_characters, record)) if isinstance(record, list) else 0
-
-
-def progress_bar(title: str, total: int) -> tqdm:
-    """Counts bytes; shows nothing where stderr is not a terminal."""
-    return tqdm(total=total, unit="B", unit_scale=True, desc=title, disable=None)
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # The pipeline: corpora -> spool -> train, val, meta.json, report.md
 
@@ -215,42 +167,38 @@ def prepare(config: DataConfig) -> dict:
     """`pretrain`, `sft` and `preferences`. Returns the report (report.json's content)."""
     part, parts = config.part
     target = config.out if config.shard is None else config.out.with_name(f"{config.out.name}.shard-{part + 1}-of-{parts}")
-    busy = lock(target.with_name(f".{target.name}.lock"), f"another process is writing {target}; wait for it, or choose another --out")
-    try:
-        corpora, _ = _sources(config)
-        if config.kind == "pretrain" and config.tokenizer is None:
-            config = dataclasses.replace(config, tokenizer=own_tokenizer(corpora, config))
-        return _prepare(config, corpora, target)
-    finally:
-        Path(busy.name).unlink(missing_ok=True)
-        busy.close()
-
-
-def _prepare(config: DataConfig, corpora: list[Corpus], target: Path) -> dict:
-    started = time.perf_counter()
-    questions = Questions.from_folder(config.decontaminate) if config.decontaminate else None
-    tokenizer = load_tokenizer(config.tokenizer) if config.kind == "pretrain" else None
-    settings = run_settings(config, corpora, questions, tokenizer)
-    if config.shard is None and (meta := finished(config.out, settings, FORMATS[config.kind])):
-        print_next(config.kind, config.out)
-        return json.loads((config.out / "report.json").read_text(encoding="utf-8")) if meta else {}
-    folder = target if config.shard else target.with_name(target.name + ".partial")
-    spooled = folder if config.shard else folder / "spool"
-    spool = Spool(spooled, settings, [str(corpus.path) for corpus in corpora])
-    resumed = spool.chunks > 0
-    try:
-        with spool:
-            workers = fill(spool, config, corpora, questions, tokenizer)
-        if config.shard is None:
-            return finish(spool, folder, config.out, tokenizer, memory=config.memory << 20, started=started, workers=workers,
-                          resumed=resumed)  # fmt: skip
-    except UserError:
-        if spool.chunks < CHUNKS_PER_SAVE:  # so little that a new start costs nothing
-            shutil.rmtree(folder)
-        raise
-    except BrokenProcessPool:
-        raise UserError("a worker process was killed, perhaps for lack of memory: run the same command again with fewer "
-                        "--workers; it goes on from here") from None
+    busy = f"another process is writing {target}; wait for it, or choose another --out"
+    with locked(target.with_name(f".{target.name}.lock"), busy):
+        started = time.perf_counter()
+        refuse_foreign(config.out, FORMATS[config.kind])
+        corpora, _ = config.sources
+        questions = Questions.from_folder(config.decontaminate) if config.decontaminate else None
+        tokenizer = None
+        if config.kind == "pretrain":
+            tokenizer = load_tokenizer(config.tokenizer or own_tokenizer(corpora, config))
+        settings = run_settings(config, corpora, questions, tokenizer)
+        if config.shard is None and finished(config.out, settings, FORMATS[config.kind]):
+            print_next(config.kind, config.out)
+            return read_json(config.out / "report.json")
+        folder = target if config.shard else target.with_name(target.name + ".partial")
+        refuse_foreign_partial(folder)
+        spool = Spool(folder if config.shard else folder / "spool", settings, [str(corpus.path) for corpus in corpora])
+        resumed = spool.chunks > 0
+        try:
+            with spool:
+                workers = fill(spool, config, corpora, questions, tokenizer)
+            if config.shard is None:
+                report = finish(spool, folder, config.out, tokenizer, config.memory << 20)
+                print_report(report, config.out, time.perf_counter() - started, workers, resumed)
+                print_next(config.kind, config.out)
+                return report
+        except UserError:
+            if spool.chunks < CHUNKS_PER_SAVE:  # so little that a new start costs nothing
+                shutil.rmtree(folder)
+            raise
+        except BrokenProcessPool:
+            raise UserError("a worker process was killed, perhaps for lack of memory: run the same command again with fewer "
+                            "--workers; it goes on from here") from None
     print(f"shard {config.shard} is complete: {folder}\n\nnext, when all are:  python data_process.py merge --out {config.out}")
     return {"shard": config.shard, "chunks": spool.chunks}
 
@@ -259,20 +207,25 @@ def run_settings(config: DataConfig, corpora: list[Corpus], questions: Questions
     """Everything that decides the result, and nothing else: a run with the same settings goes on, or is the same run."""
     settings = {
         "command": config.kind,
+        "version": VERSION,
+        "chunk": f"{CHUNK_CHARACTERS} characters, {CHUNK_RECORDS} records",
         "corpora": [corpus.identity() for corpus in corpora],
         "val_fraction": config.val_fraction,
         "dedup": config.dedup,
-        "rules": [rule for rule in RULES if rule not in config.cleaner()["without"]],
-        **{name: getattr(config, name) for name in ("min_chars", "max_chars", "mask_pii", "simplify", "limit", "seed", "shard")},
+        "rules": dict.fromkeys(Cleaner(**config.cleaner()).names, "on"),
+        "limit": config.limit,
+        "seed": config.seed,
+        "shard": config.shard,
         "questions": {**questions.identity(), "share": config.decontaminate_share} if questions else None,
     }
     if config.dedup == "minhash":
-        settings |= {"threshold": config.dedup_threshold, "permutations": config.dedup_permutations, "ngram": NGRAM, "shortest": MIN_CHARS,
+        settings |= {"threshold": config.dedup_threshold, "permutations": config.dedup_permutations, "ngram": NGRAM, "shortest": SHORTEST,
                      "bands": BANDS}  # fmt: skip
     if tokenizer:
         if tokenizer.eos_id is None:
             raise UserError(f"{config.tokenizer} has no eos token, which ends every document")
-        settings |= {"tokenizer_sha256": tokenizer.fingerprint, "add_bos": tokenizer.add_bos}
+        settings |= {"tokenizer_sha256": tokenizer.fingerprint, "add_bos": tokenizer.add_bos, "min_chars": config.min_chars,
+                     "max_chars": config.max_chars}  # fmt: skip
     return settings
 
 
@@ -304,80 +257,11 @@ def fill(spool: Spool, config: DataConfig, corpora: list[Corpus], questions: Que
     return workers
 
 
-def finish(spool: Spool, partial: Path, out: Path, tokenizer: Tokenizer | None, *, memory: int, started: float, workers: int = 1,
-           resumed: bool = False) -> dict:  # fmt: skip
-    """Select from a complete spool, write meta.json and the reports, rename `partial` to `out`. Returns the report.
-
-    The report tells of the data alone, not of where and how fast it was made: the same run leaves the same bytes.
-    """
-    settings, folder = spool.settings, spool.folder
-    kind = settings["command"]
-    dtype = token_dtype(len(tokenizer)) if tokenizer else None
-    refuse_nothing(spool)
-    with tqdm(total=1.0, desc="duplicates", disable=None, bar_format="{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}") as bar:
-        duplicates = duplicates_of(folder, settings, memory, lambda fraction: bar.update(fraction - bar.n))
-    with progress_bar("writing", (folder / "payload.bin").stat().st_size) as bar:
-        chosen = select(folder, partial, settings, duplicates, dtype, bar.update)
-    wanted = SPLITS if settings["val_fraction"] else SPLITS[:1]
-    counts = {split: chosen["splits"].get(split, {"documents": 0})["documents"] for split in wanted}
-    refuse_empty_split(counts, NOUNS[kind] + "s", settings["val_fraction"])
-
-    def as_text(payload: bytes) -> str:
-        if tokenizer is None:
-            return payload.decode("utf-8", "replace")
-        import numpy as np
-
-        return tokenizer.decode(np.frombuffer(payload[: len(payload) // dtype.itemsize * dtype.itemsize], dtype).tolist())
-
-    examples = duplicate_examples(folder, duplicates, len(settings["corpora"]), as_text)
-    sources = source_reports(settings, spool.totals, chosen, examples)
-    meta = {"format": FORMATS[kind]}
-    if tokenizer:
-        meta |= {"dtype": dtype.name, "vocab_size": len(tokenizer), "tokenizer_sha256": tokenizer.fingerprint,
-                 "add_bos": tokenizer.add_bos, "eos_id": tokenizer.eos_id}  # fmt: skip
-        shutil.copytree(folder / "tokenizer", partial, dirs_exist_ok=True)
-    splits = {name: {**counts, UNITS[kind]: counts["units"]} for name, counts in chosen["splits"].items()}
-    for counts in splits.values():
-        del counts["units"]
-        counts["sources"] = counts.pop("by_source")
-        if not tokenizer:
-            del counts["max_id"]
-    meta |= {"splits": splits, "sources": [{name: source[name] for name in ("name", "path", "records", "kept")} for source in sources],
-             "settings": settings}  # fmt: skip
-    lengths = {"unit": "tokens" if tokenizer else "characters", **chosen["lengths"]}
-    report = checked({"command": kind, "settings": settings, "sources": sources, "splits": splits, "lengths": lengths,
-                      "questions": settings["questions"]})  # fmt: skip
-    write_json(partial / "report.json", report)
-    write_text(partial / "report.md", report_markdown(report))
-    write_json(partial / "meta.json", meta)
-    os.rename(partial, out)
-    shutil.rmtree(out / "spool")  # last: until here the same command would still go on from it
-    print_report(report, out, time.perf_counter() - started, workers, resumed)
-    print_next(kind, out)
-    return report
-
-
-def refuse_nothing(spool: Spool) -> None:
-    """Raise UserError if no document came out at all, and say what became of the records."""
-    if any(total["documents"] for total in spool.totals):
-        return
-    reasons = [f"{entry['count']:,} {reason} (first: {entry['examples'][0]['where']})" for total in spool.totals
-               for reason, entry in {**total["unreadable"], **total["dropped"]}.items()]  # fmt: skip
-    paths = ", ".join(total["path"] for total in spool.totals)
-    raise UserError(f"{paths} holds no {NOUNS[spool.settings['command']]} to write: {', '.join(reasons) or 'it is empty'}")
-
-
-def refuse_empty_split(counts: dict[str, int], what: str, val_fraction: float) -> None:
-    """Raise UserError if a split that was asked for got nothing. `counts` holds the documents of each such split."""
-    total = sum(counts.values())
-    for split, count in counts.items():
-        if not count:
-            example = max(0.001, min(0.5, round(3 / total, 3)))
-            advice = f"use {example:g}, say" if total > 1 else "use a text that makes more documents (reader lines?)"
-            raise UserError(
-                f"none of the {total:,} {what} fell into the {split} split with --val-fraction {val_fraction:g}: "
-                f"{advice}, or 0 for no validation split"
-            )
+def refuse_foreign_partial(partial: Path) -> None:
+    """Raise UserError if OUT.partial, or a shard's folder, is there but none that this program left."""
+    ours = (partial / "progress.json", partial / "spool" / "progress.json")
+    if partial.exists() and any(partial.iterdir()) and not any(path.is_file() for path in ours):
+        raise UserError(f"{partial} already exists and holds something else; choose another --out or remove it")
 
 
 def print_next(kind: str, out: Path) -> None:
@@ -391,7 +275,7 @@ def own_tokenizer(corpora: list[Corpus], config: PretrainConfig) -> Path:
     """The directory `tokenizer` beside OUT; where there is none, one is trained on the first TRAINING_BYTES of clean text."""
     folder = config.out.parent / "tokenizer"
     if folder.exists():
-        print(f"tokenizer: {folder}, which is already there")
+        print(f"tokenizer: {folder}, which is already there (--vocab-size is for a new one)")
         return folder
     print(f"no --tokenizer: training one of {config.vocab_size:,} tokens on this text, into {folder}")
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -409,6 +293,9 @@ def own_tokenizer(corpora: list[Corpus], config: PretrainConfig) -> Path:
                     size += len(document.encode("utf-8"))
                 if size > TRAINING_BYTES:
                     break
+        if not size:
+            raise UserError(f"{', '.join(str(corpus.path) for corpus in corpora)}: no text to train a tokenizer on is left after "
+                            "cleaning; give a --tokenizer to see in the report what became of each record")
         train([text], config.vocab_size, folder)
     return folder
 
@@ -420,42 +307,42 @@ def own_tokenizer(corpora: list[Corpus], config: PretrainConfig) -> Path:
 @dataclass(frozen=True)
 class MergeConfig:
     out: Path = flag(Path("data/pretrain"), "the --out of the shards: OUT.shard-1-of-n … must lie beside it")
-    memory: int = flag(1024, "MiB that finding duplicates may take")
+    memory: int = flag(1024, "MiB that finding duplicates may take; beyond, it works on the disk")
+
+    def problems(self) -> list[str]:
+        return too_small(self, "memory", least=1) + ([] if self.out.name else [f"--out {self.out}: name the directory"])
 
 
 def merge(config: MergeConfig) -> dict:
-    """OUT.shard-*-of-n -> OUT: what one machine alone would have written. The shards stay."""
-    started, folders = time.perf_counter(), shard_folders(config.out)
-    if not folders:
-        raise UserError(f"there is no {config.out}.shard-1-of-…; make the shards with --shard i/n --out {config.out}")
-    busy = lock(config.out.with_name(f".{config.out.name}.lock"), f"another process is writing {config.out}; wait for it")
-    try:
-        found = {folder: shard_settings(folder) for folder in folders}
-        unfinished = [str(folder) for folder, settings in found.items() if settings is None]
+    """OUT.shard-*-of-n -> OUT: the data that one machine alone would have written. The shards stay."""
+    started = time.perf_counter()
+    with locked(config.out.with_name(f".{config.out.name}.lock"), f"another process is writing {config.out}; wait for it"):
+        folders = shard_folders(config.out)
+        found = [shard_settings(folder) for folder in folders]
+        unfinished = [str(folder) for folder, settings in zip(folders, found) if settings is None]
         if unfinished:
             raise UserError(f"not finished: {', '.join(unfinished)}; run its command again")
-        settings = [{**settings, "shard": None} for settings in found.values()]
-        parts = int(next(iter(found.values()))["shard"].split("/")[1])
-        missing = [f"{part}/{parts}" for part in range(1, parts + 1) if f"{part}/{parts}" not in {s["shard"] for s in found.values()}]
-        if missing:
-            raise UserError(f"{config.out}: missing the shards {', '.join(missing)}")
-        if len(folders) != parts or any(other != settings[0] for other in settings):
-            raise UserError(f"the shards of {config.out} were made with different settings: {', '.join(map(str, folders))}")
-        meta = finished(config.out, settings[0], FORMATS[settings[0]["command"]])
-        if meta:
-            return json.loads((config.out / "report.json").read_text(encoding="utf-8"))
+        settings = {**found[0], "shard": None}
+        for folder, other in zip(folders, found):
+            refuse_other_settings(folder, {**other, "shard": None}, settings)
+        kind = settings["command"]
+        if finished(config.out, settings, FORMATS[kind]):
+            print_next(kind, config.out)
+            return read_json(config.out / "report.json")
+        tokenizer = load_tokenizer(folders[0] / "tokenizer") if kind == "pretrain" else None
         partial = config.out.with_name(config.out.name + ".partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        with Spool(partial / "spool", settings[0], [""] * len(settings[0]["corpora"])) as spool:
+        refuse_foreign_partial(partial)
+        if partial.exists():  # of a merge that was interrupted; another run's is refused
+            refuse_other_settings(partial, read_json(partial / "spool" / "progress.json")["settings"], settings)
+            shutil.rmtree(partial)
+        with Spool(partial / "spool", settings, [""] * len(settings["corpora"])) as spool:
             join_shards(folders, spool)
-        tokenizer = None
-        if (folders[0] / "tokenizer").is_dir():
-            shutil.copytree(folders[0] / "tokenizer", partial / "spool" / "tokenizer")
-            tokenizer = load_tokenizer(folders[0] / "tokenizer")
-        return finish(spool, partial, config.out, tokenizer, memory=config.memory << 20, started=started)
-    finally:
-        Path(busy.name).unlink(missing_ok=True)
-        busy.close()
+        if tokenizer:
+            copy_files(folders[0] / "tokenizer", partial / "spool" / "tokenizer")
+        report = finish(spool, partial, config.out, tokenizer, config.memory << 20)
+    print_report(report, config.out, time.perf_counter() - started, workers=1, resumed=False)
+    print_next(kind, config.out)
+    return report
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -112,8 +112,8 @@ def _number(value) -> str:
 
 
 def _cut(text, width: int) -> str:
-    """On one line, without control characters, at most `width` columns wide."""
-    text = "".join(char if char.isprintable() else "�" for char in " ".join(str(text).split()))
+    """On one line, without control characters and half surrogate pairs, at most `width` columns wide."""
+    text = re.sub(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]", "�", " ".join(str(text).split()))
     if display_width(text) <= width:
         return text
     room, end = width - 1, 0

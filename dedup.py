@@ -1,6 +1,6 @@
 """Deduplication: which documents of a corpus repeat an earlier one, word for word or nearly so.
 
-    digest(text)                 16 bytes that are equal for texts with the same letters and digits     (exact copies)
+    digests(texts)               16 bytes that are equal for texts with the same letters and digits     (exact copies)
     MinHash().signature(text)    128 numbers; the share that two texts have in common estimates their similarity (near)
     find_duplicates(...)         reads both from files and writes which documents to drop; memory is bounded
 
@@ -20,9 +20,9 @@ from __future__ import annotations
 
 from settings import UserError
 
+import functools
 import hashlib
 import os
-import re
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -43,20 +43,53 @@ EXACT, NEAR = 0, 1  # its kind
 LEAST_MEMORY = 1 << 20  # bytes
 NEVER = 0xFFFFFFFF  # a signature of nothing but this is of a text that is too short
 
-_WORDS = re.compile(r"\w+")
 
 # ----------------------------------------------------------------------------------------------------------------------
 # One document: digest and signature. Both are part of the format of a spool: another constant means another spool.
 
 
+LAST = 0x33480  # behind the last character of Unicode that is a letter or digit
+
+
+@functools.cache
+def letter_table() -> np.ndarray:
+    """[LAST + 1] uint32: code point -> that of its lower case if it is a letter or digit of any script, else 0."""
+    lower = (chr(code).lower()[:1] for code in range(LAST))
+    return np.array([ord(letter) if letter.isalnum() else 0 for letter in lower] + [0], np.uint32)
+
+
+def letters(texts: list[str]) -> tuple[np.ndarray, list[int]]:
+    """The letters and digits of texts, in lower case: code points [N] uint32 of all, and where each text begins, and N.
+
+    What is compared when texts are: copies that differ in spaces, punctuation or capitals are equal. Many texts at a time,
+    because numpy takes as long for one sentence as for a page.
+    """
+    points = np.frombuffer("".join(texts).encode("utf-32-le", "surrogatepass"), "<u4")
+    found = letter_table().take(points, mode="clip")
+    kept = found > 0
+    bounds, start, count = [0], 0, 0
+    for text in texts:
+        count += int(np.count_nonzero(kept[start : start + len(text)]))
+        start += len(text)
+        bounds.append(count)
+    return found[kept], bounds
+
+
 def normalised(text: str) -> str:
-    """The text in lower case without anything but letters and digits of any script."""
-    return "".join(_WORDS.findall(text.lower())).replace("_", "")
+    """The letters and digits of one text."""
+    return letters([text])[0].tobytes().decode("utf-32-le")
+
+
+def digests(texts: list[str]) -> list[bytes]:
+    """16 bytes (blake2b) of each text's letters; of the text itself if it has none."""
+    points, bounds = letters(texts)
+    data = points.tobytes()
+    return [hashlib.blake2b(data[4 * start : 4 * end] or text.encode("utf-8", "surrogatepass"), digest_size=16).digest()
+            for text, start, end in zip(texts, bounds, bounds[1:])]  # fmt: skip
 
 
 def digest(text: str) -> bytes:
-    """16 bytes (blake2b) of the normalised text; of the text itself if it holds no letter or digit at all."""
-    return hashlib.blake2b((normalised(text) or text).encode("utf-8", "surrogatepass"), digest_size=16).digest()
+    return digests([text])[0]
 
 
 def _mixed(values: np.ndarray) -> np.ndarray:
@@ -94,21 +127,24 @@ class MinHash:
         self._products = np.empty(permutations * self.BLOCK, np.uint32)  # used again: new memory costs a third of the time
 
     def signature(self, text: str) -> np.ndarray:
-        """[permutations] uint32. All NEVER if the normalised text is too short."""
-        text = normalised(text)
+        """[permutations] uint32 of a text."""
+        return self.of_letters(letters([text])[0])
+
+    def of_letters(self, points: np.ndarray) -> np.ndarray:
+        """[permutations] uint32 of a text's letters [N] uint32. All NEVER if they are too few."""
         smallest = np.full(self.permutations, NEVER, np.uint32)
-        if len(text) >= self.min_chars:
-            for start in range(0, len(text) - self.ngram + 1, self.BLOCK):
-                hashes = self._hashes(text[start : start + self.BLOCK + self.ngram - 1])
+        if len(points) >= self.min_chars:
+            for start in range(0, len(points) - self.ngram + 1, self.BLOCK):
+                hashes = self._hashes(points[start : start + self.BLOCK + self.ngram - 1])
                 products = self._products[: self.permutations * len(hashes)].reshape(self.permutations, -1)
                 np.multiply(self.a, hashes, out=products)
                 products += self.b
                 np.minimum(smallest, products.min(axis=1), out=smallest)
         return smallest
 
-    def _hashes(self, text: str) -> np.ndarray:
-        """[characters - ngram + 1] uint32: a hash of every n-gram, a polynomial in its code points."""
-        points = np.frombuffer(text.encode("utf-32-le"), "<u4").astype(np.uint64)
+    def _hashes(self, points: np.ndarray) -> np.ndarray:
+        """[letters - ngram + 1] uint32: a hash of every n-gram, a polynomial in its code points."""
+        points = points.astype(np.uint64)
         count = len(points) - self.ngram + 1
         hashes = points[:count].copy()
         for k in range(1, self.ngram):

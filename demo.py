@@ -61,7 +61,7 @@ def main(config: Config) -> dict:
         words / "tokenizer.model")
     run("3/8 Text to token files, and questions to conversations",
         f"data_process.py pretrain --corpus textbook={book} --tokenizer {words} --out {tokens}", tokens / "meta.json")
-    run("    … for fine-tuning", f"data_process.py sft --dataset textbook={book} --out {talks}", talks / "meta.json")
+    run("    … for fine-tuning", f"data_process.py sft --dataset textbook={book} --dedup none --out {talks}", talks / "meta.json")
     run("4/8 Pretraining: a model of 2.4 million numbers reads the textbook",
         f"pretrain.py --data {tokens} --model tiny {PRETRAIN} --out {base}", base / "config.json")
     run("5/8 Fine-tuning: it learns to answer",

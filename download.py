@@ -34,21 +34,23 @@ BLOCK = 1 << 18  # bytes
 @dataclass(frozen=True)
 class DownloadConfig:
     name: str = flag(help="the corpus: a name from `data_process.py list`", positional=True)
-    out: Path | None = flag(None, "folder to write; default: data/NAME")
+    out: Path | None = flag(None, "folder to write; default: data/NAME, or data/NAME-TABLE if several tables have this name")
     table: str | None = flag(None, "which corpus of this name is meant, where there are several", choices=tuple(TABLES))
     mirror: int | None = flag(None, "use only this mirror, counted from 1; default: all, in their order")
 
 
 def fetch(config: DownloadConfig) -> dict:
     """Download a corpus. Returns {"name", "files"}."""
-    found = {key: table[config.name] for key, table in TABLES.items() if config.name in table}
-    found = {key: reader for key, reader in found.items() if config.table in (None, key)}
+    named = {key: table[config.name] for key, table in TABLES.items() if config.name in table}
+    found = {key: reader for key, reader in named.items() if config.table in (None, key)}
     if not found:
         raise UserError(f"there is no corpus {config.name!r} to download; see `python data_process.py list`")
     offered = {key: reader for key, reader in found.items() if reader.downloads} or found
     if len({reader.downloads for reader in offered.values()}) > 1:
         raise UserError(f"{config.name} is the name of several corpora: add --table {' or --table '.join(offered)}")
-    reader, out = next(iter(offered.values())), config.out or Path("data") / config.name
+    table, reader = next(iter(offered.items()))
+    # sft's sharegpt would read the files of preferences' sharegpt as well, so they do not lie together.
+    out = config.out or Path("data") / (f"{config.name}-{table}" if len(named) > 1 else config.name)
     files = download(reader, out, config.mirror)
     print(f"{len(files)} files in {out}; licence: {reader.licence or 'not known'}")
     return {"name": config.name, "files": [str(path) for path in files]}
@@ -69,7 +71,9 @@ def download(reader: Reader, out: Path, mirror: int | None = None) -> list[Path]
 
 def _fetch_file(item: Download, path: Path, mirror: int | None) -> Path:
     part, damaged = (path.with_name(path.name + ending) for ending in (".part", ".damaged"))
-    if path.exists():
+    if path.is_dir():
+        raise UserError(f"{path} is a folder, and a file is to stand there: move it away or choose another --out")
+    if path.is_file():
         if not (wrong := _mismatch(path, item.size, item.sha256)):
             print(f"{path}: already there")
             return path
@@ -89,14 +93,17 @@ def _fetch_file(item: Download, path: Path, mirror: int | None) -> Path:
             failures.append(f"{url}: {wrong} (kept as {damaged.name})")
             continue
         os.replace(part, path)
-        known = "size and sha256 are right" if sha256 else "the size is right; no sha256 is known" if size else None
-        print(f"{path}: {path.stat().st_size:,} bytes; {known or 'nothing is known to verify them against'}")
+        who = "registry" if item.size is not None else "server"
+        long = f"the {who} did not say how long it is" if size is None else f"as long as the {who} said"
+        print(f"{path}: {path.stat().st_size:,} bytes, {long}; {'the sha256 is right' if sha256 else 'no sha256 is known'}")
         return path
     raise UserError(f"{path.name} could not be fetched: " + "; ".join(failures))
 
 
 def _mismatch(path: Path, size: int | None, sha256: str | None) -> str:
     """What is wrong with a file, or ''. What is not known (None) is not compared."""
+    if not path.stat().st_size:
+        return "it is empty"
     if size is not None and path.stat().st_size != size:
         return f"it has {path.stat().st_size:,} bytes instead of {size:,}"
     if sha256 is not None and (found := file_sha256(path)) != sha256.lower():
@@ -118,13 +125,13 @@ class _Failed(Exception):
 
 def _fetch_from(url: str, part: Path, item: Download) -> tuple[int | None, str | None]:
     """Fill `part`, in several attempts if need be. -> (size, sha256) as the registry or the server states them."""
-    attempt, most = 0, _size(part)
+    attempt = 0
     while True:
+        before = _size(part)
         try:
             return _transfer(url, part, item)
         except _Failed as error:
-            attempt = 1 if _size(part) > most else attempt + 1
-            most = max(most, _size(part))
+            attempt = 1 if _size(part) > before else attempt + 1
             if error.final or attempt >= ATTEMPTS:
                 raise
             time.sleep(BACKOFF * 2 ** (attempt - 1))
@@ -155,9 +162,12 @@ def _transfer(url: str, part: Path, item: Download) -> tuple[int | None, str | N
         if response.status not in (200, 206) or (response.status == 206 and not goes_on):
             etag.unlink(missing_ok=True)
             raise _Failed(f"unexpected answer {response.status}, Content-Range {headers.get('Content-Range')}")
+        if headers.get_content_type() == "text/html" and not item.path.endswith((".html", ".htm")):
+            raise _Failed("a web page instead of the file; perhaps one has to log in", final=True)
         have = have if goes_on else 0
-        length = goes_on[1] if goes_on else headers.get("Content-Length")
-        size, sha256 = redirects.stated(item, int(length) if length else None)
+        stated = goes_on[1] if goes_on else headers.get("Content-Length", "")
+        length = int(stated) if stated.isdecimal() else None
+        size, sha256 = redirects.stated(item, length)
         if not goes_on:
             part.unlink(missing_ok=True)
             strong = headers.get("ETag", "W/")
@@ -175,8 +185,8 @@ def _transfer(url: str, part: Path, item: Download) -> tuple[int | None, str | N
                 bar.update(len(block))
             file.flush()
             os.fsync(file.fileno())
-    if length and _size(part) < int(length):
-        raise _Failed(f"cut off after {_size(part):,} of {int(length):,} bytes")
+    if length and _size(part) < length:
+        raise _Failed(f"cut off after {_size(part):,} of {length:,} bytes")
     return size, sha256
 
 

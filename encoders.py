@@ -2,7 +2,7 @@
 
 Every record takes the same road, whether it is a text for pretraining, a conversation or a preference pair:
 
-    tidy -> clean -> sampled? -> an evaluation question? -> digest, MinHash -> encode
+    tidy -> clean -> holds an evaluation question? -> digest -> sampled? -> encode, MinHash
 
 A record that ends on the way is counted, with the reason and the place where it stood. A chunk's result depends on the chunk
 and the recipe alone, so it is the same whichever process makes it.
@@ -25,9 +25,10 @@ from pathlib import Path
 
 import numpy as np
 
+import dedup
 from cleaning import Cleaner
 from decontamination import Questions
-from dedup import MinHash, digest
+from dedup import MinHash
 from readers import tidy
 from readers.instructions import tidy_conversation
 from readers.preferences import tidy_preference
@@ -58,12 +59,13 @@ class LeftOut(Exception):
 
 @dataclass
 class Document:
-    """A record on its way: `text` is what digest, decontamination and the counts look at, `content` what is encoded."""
+    """A record on its way."""
 
-    text: str
-    content: object
+    text: str  # what decontamination, deduplication and the counts look at
+    content: object  # what is encoded
     changed: tuple[str, ...]  # the rules that mended it
-    group: str | None = None  # decides the split, where that is not the text
+    group: str | None = None  # what decides the split, where that is not the whole text
+    key: str = ""  # what decides whether it is a copy, likewise
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -79,12 +81,24 @@ class TextEncoder:
     def tidy(self, record: str) -> Document:
         return cleaned_text(record, self.cleaner)
 
+    def without(self, document: Document, remaining: str) -> Document:
+        """The document without the lines that hold evaluation questions. Raises LeftOut if little else is in it."""
+        if 2 * len(remaining) < len(document.text):
+            raise LeftOut("evaluation question")
+        return Document(remaining, remaining, (*document.changed, "evaluation question"))
+
+    def digests(self, documents: list[Document]) -> list[bytes]:
+        return dedup.digests([document.text for document in documents])
+
     def encode(self, documents: list[Document]) -> tuple[bytes, list[int], list[int]]:
         """-> payload, bytes of it and units of each document."""
         tokenizer, ids, lengths = self.tokenizer, [], []
+        bos = [tokenizer.bos_id] if tokenizer.add_bos else []
         for document in documents:
             before = len(ids)
-            ids += tokenizer.encode(document.text, bos=tokenizer.add_bos, eos=True)
+            ids += bos
+            ids += tokenizer.encode_segment(document.text)
+            ids.append(tokenizer.eos_id)
             lengths.append(len(ids) - before)
         packed = pack_ids(ids, len(tokenizer))
         return packed.tobytes(), [length * packed.itemsize for length in lengths], lengths
@@ -100,6 +114,12 @@ class _LineEncoder:
         lines = [(json.dumps(document.content, ensure_ascii=False) + "\n").encode("utf-8") for document in documents]
         return b"".join(lines), list(map(len, lines)), [self.units(document.content) for document in documents]
 
+    def without(self, document: Document, remaining: str) -> Document:
+        raise LeftOut("evaluation question")
+
+    def digests(self, documents: list[Document]) -> list[bytes]:
+        return [hashlib.blake2b(document.key.encode("utf-8"), digest_size=16).digest() for document in documents]
+
     def mend(self, messages: list[dict], changed: set) -> list[dict]:
         """The messages with the cleaning rules that are safe inside a conversation applied to their contents."""
         mended = []
@@ -112,6 +132,11 @@ class _LineEncoder:
         return mended
 
 
+def exact_key(texts: list[str]) -> str:
+    """Equal for equal lists of texts, but for white space and capitals. Every sign counts: 1.5 + 2 and 15 - 2 are two exercises."""
+    return "\0".join(" ".join(text.lower().split()) for text in texts)
+
+
 class ConversationEncoder(_LineEncoder):
     """Conversations -> lines of {"messages": […]}. A unit is an answer."""
 
@@ -122,8 +147,9 @@ class ConversationEncoder(_LineEncoder):
             raise LeftOut(problem)
         # The first question decides the split, so that another answer to it is not on the other side.
         question = next(message["content"] for message in messages if message["role"] == "user")
-        text = "\n".join(message["content"] for message in messages)
-        return Document(text, {"messages": messages}, (*sorted(changed), *filter(None, [problem])), group=question)
+        texts = [message["content"] for message in messages]
+        return Document("\n".join(texts), {"messages": messages}, (*sorted(changed), *filter(None, [problem])), question,
+                        exact_key([messages[0]["role"], *texts]))  # fmt: skip
 
     @staticmethod
     def units(content: dict) -> int:
@@ -140,9 +166,9 @@ class PreferenceEncoder(_LineEncoder):
         pair, problem = tidy_preference(record)
         if pair is None:
             raise LeftOut(problem)
-        prompt = "\n".join(message["content"] for message in pair["prompt"])
-        text = "\n".join((prompt, pair["chosen"], pair["rejected"]))
-        return Document(text, pair, (*sorted(changed), *filter(None, [problem])), group=prompt)
+        prompt = [message["content"] for message in pair["prompt"]]
+        texts = [*prompt, pair["chosen"], pair["rejected"]]
+        return Document("\n".join(texts), pair, (*sorted(changed), *filter(None, [problem])), "\n".join(prompt), exact_key(texts))
 
     @staticmethod
     def units(content: dict) -> int:
@@ -185,15 +211,12 @@ class Worker:
 
     def __call__(self, chunk: Chunk) -> Result:
         counts = new_counts()
-        counts["records"] = len(chunk.records) + len(chunk.skipped)
-        for reason, where in chunk.skipped:
-            count(counts["unreadable"], reason, where)
+        counts["records"] = len(chunk.records) + sum(entry["count"] for entry in chunk.unreadable.values())
+        counts["unreadable"] = chunk.unreadable
         for encoding in chunk.encodings:
             counts["encodings"][encoding] = counts["encodings"].get(encoding, 0) + 1
         documents, rows = [], []
-        for document, where, row in self._without_questions(self._sampled(chunk, counts), counts):
-            for rule in document.changed:
-                count(counts["changed"], rule, where, document.text)
+        for document, row in self._sampled(self._without_questions(self._tidied(chunk, counts), counts), chunk.source, counts):
             documents.append(document)
             rows.append(row)
         counts["documents"] = len(documents)
@@ -205,35 +228,55 @@ class Worker:
             signatures = np.array([self.minhash.signature(document.text) for document in documents], np.uint32)
         return Result(chunk.index, chunk.source, chunk.end, payload, table, signatures, counts)
 
-    def _sampled(self, chunk: Chunk, counts: dict) -> list[tuple[Document, str, tuple]]:
-        """(document, file:line, its row of DOCUMENT but for the two columns that encoding knows) of what is clean and wanted."""
-        sampled = []
+    def _tidied(self, chunk: Chunk, counts: dict) -> list[tuple[Document, str]]:
+        """(document, file:line) of the records that are clean enough."""
+        kept = []
         for record, where in zip(chunk.records, chunk.places):
             try:
                 document = self.encoder.tidy(record)
                 refuse_half_characters(document.text)
             except LeftOut as reason:
-                count(counts["dropped"], str(reason), where, record if isinstance(record, str) else json.dumps(record, ensure_ascii=False))
+                text = record if isinstance(record, str) else json.dumps(record, ensure_ascii=False, default=str)
+                count(counts["dropped"], str(reason), where, text)
                 continue
-            fingerprint = digest(document.text)
-            group = int.from_bytes((fingerprint if document.group is None else digest(document.group))[:8], "big")
-            copies = self.copies(group, self.recipe.weights[chunk.source])
-            if not copies:
-                counts["not_sampled"] += 1
-                continue
-            size = len(document.text.encode("utf-8"))
-            sampled.append((document, where, (fingerprint, group, 0, 0, size, len(document.text), chunk.source, copies)))
-        return sampled
+            for rule in document.changed:
+                count(counts["changed"], rule, where, document.text)
+            kept.append((document, where))
+        return kept
 
-    def _without_questions(self, sampled: list[tuple[Document, str, tuple]], counts: dict) -> Iterator[tuple[Document, str, tuple]]:
-        """Leave out the documents that hold a question of the evaluation set."""
-        texts = [document.text for document, _, _ in sampled]
-        found = self.questions.find_all(texts, self.recipe.questions_share) if self.questions else [None] * len(sampled)
-        for entry, question in zip(sampled, found):
-            if question is None:
-                yield entry
+    def _without_questions(self, kept: list[tuple[Document, str]], counts: dict) -> list[Document]:
+        """The documents without the questions of the evaluation set."""
+        if self.questions is None:
+            return [document for document, _ in kept]
+        documents = []
+        findings = self.questions.find_all([document.text for document, _ in kept], self.recipe.questions_share)
+        for (document, where), finding in zip(kept, findings):
+            if finding is None:
+                documents.append(document)
+                continue
+            name, share, remaining = finding
+            remark = f"{share:.0%} of {name}: {document.text}"
+            try:
+                documents.append(self.encoder.without(document, remaining))
+                count(counts["changed"], "evaluation question", where, remark)
+            except LeftOut as reason:
+                count(counts["dropped"], str(reason), where, remark)
+        return documents
+
+    def _sampled(self, documents: list[Document], source: int, counts: dict) -> Iterator[tuple[Document, tuple]]:
+        """(document, its row of DOCUMENT but for the two columns that encoding knows) of those that the weight lets through."""
+        if not documents:
+            return
+        fingerprints = self.encoder.digests(documents)
+        groups = fingerprints if documents[0].group is None else dedup.digests([document.group for document in documents])
+        for document, fingerprint, group in zip(documents, fingerprints, groups):
+            group = int.from_bytes(group[:8], "big")
+            copies = self.copies(group, self.recipe.weights[source])
+            if copies:
+                size = len(document.text.encode("utf-8"))
+                yield document, (fingerprint, group, 0, 0, size, len(document.text), source, copies)
             else:
-                count(counts["dropped"], "evaluation question", entry[1], f"{question[1]:.0%} of {question[0]}: {entry[0].text}")
+                counts["not_sampled"] += 1
 
     def copies(self, group: int, weight: float) -> int:
         """How often a document is written, 2.3 times on average, say. Decided by its content: more data moves none."""

@@ -12,6 +12,7 @@ import errno
 import hashlib
 import json
 import os
+import shutil
 from pathlib import Path
 
 
@@ -50,12 +51,26 @@ def lock(path: Path, refusal: str):
 
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             file.close()
             raise UserError(refusal) from None
-        if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
-            return file
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                return file
         file.close()  # the process before us removed this file between our open and our lock: it would lock nobody out
+
+
+@contextlib.contextmanager
+def locked(path: Path, refusal: str):
+    """Hold lock(path, refusal) during the block, and remove the file after it."""
+    file = lock(path, refusal)
+    try:
+        yield
+    finally:
+        if os.name != "posix":  # Windows removes no open file
+            file.close()
+        path.unlink(missing_ok=True)
+        file.close()
 
 
 def write_text(path: Path, text: str) -> None:
@@ -65,6 +80,13 @@ def write_text(path: Path, text: str) -> None:
 
 def write_json(path: Path, data) -> None:
     write_text(path, json.dumps(data, indent=2, ensure_ascii=False) + "\n")
+
+
+def copy_files(source: Path, target: Path) -> None:
+    """Copy the files of one directory into another. (A full disk keeps its error number here; shutil.copytree hides it.)"""
+    target.mkdir(parents=True, exist_ok=True)
+    for file in sorted(source.iterdir()):
+        shutil.copyfile(file, target / file.name)
 
 
 def file_sha256(path: Path) -> str:

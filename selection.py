@@ -6,21 +6,98 @@ killed here begins this part again.
 
 from __future__ import annotations
 
-from settings import read_json
+from settings import UserError, read_json
 
 import hashlib
 import os
-from collections.abc import Iterator
+import re
+import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
+from tqdm import tqdm
 
+from data_report import checked, report_markdown
 from dedup import DUPLICATE, find_duplicates
-from spool import DOCUMENT, EXAMPLES, copy_bytes, excerpt, read_rows
-from token_files import SPLITS
+from files import copy_files, write_json, write_text
+from spool import DOCUMENT, EXAMPLES, Spool, copy_bytes, excerpt, read_rows
+from token_files import FORMAT, SPLITS, token_dtype
+from tokenizer import Tokenizer
 
+FORMATS = {"pretrain": FORMAT, "sft": "cria-messages-1", "preferences": "cria-preferences-1"}
+NOUNS = {"pretrain": "document", "sft": "conversation", "preferences": "pair"}
+UNITS = {"pretrain": "tokens", "sft": "answers", "preferences": "pairs"}
 DROP, TRAIN, VAL = 0, 1, 2
-LENGTH_EDGES = (0, *(1 << power for power in range(4, 24)))  # of the histogram: 0-15, 16-31, 32-63 …
+LENGTH_EDGES = (0, *(1 << power for power in range(4, 24)))  # of the histogram: 0-15, 16-31, 32-63 … 8,388,608 and more
+
+
+def finish(spool: Spool, partial: Path, out: Path, tokenizer: Tokenizer | None, memory: int) -> dict:
+    """Select from a complete spool in PARTIAL/spool, write the reports and meta.json, rename PARTIAL to OUT.
+
+    `memory` in bytes is for the duplicates. Returns the report, which tells of the data alone, not of where and how fast it was
+    made: the same run leaves the same bytes. Raises UserError if there is nothing to write, or nothing in a split.
+    """
+    settings, folder, kind = spool.settings, spool.folder, spool.settings["command"]
+    dtype = token_dtype(len(tokenizer)) if tokenizer else None
+    refuse_nothing(spool)
+    with tqdm(total=1.0, desc="duplicates", disable=None, bar_format="{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}") as bar:
+        duplicates = duplicates_of(folder, settings, memory, lambda fraction: bar.update(fraction - bar.n))
+    with progress_bar("writing", (folder / "payload.bin").stat().st_size) as bar:
+        chosen = select(folder, partial, settings, duplicates, dtype, bar.update)
+    refuse_empty_split(chosen["splits"], kind, settings["val_fraction"])
+    examples = duplicate_examples(folder, duplicates, len(settings["corpora"]), _reader_of_payload(tokenizer, dtype))
+    sources = source_reports(settings, spool.totals, chosen, examples)
+    lengths = {"unit": "tokens" if tokenizer else "characters", **chosen["lengths"]}
+    report = checked({"command": kind, "settings": settings, "sources": sources, "splits": chosen["splits"], "lengths": lengths,
+                      "questions": settings["questions"]})  # fmt: skip
+    meta = {"format": FORMATS[kind], "splits": chosen["splits"], "settings": settings}
+    if tokenizer:
+        meta |= {"dtype": dtype.name, "vocab_size": len(tokenizer), "tokenizer_sha256": tokenizer.fingerprint,
+                 "add_bos": tokenizer.add_bos, "eos_id": tokenizer.eos_id}  # fmt: skip
+        copy_files(folder / "tokenizer", partial)
+    write_json(partial / "report.json", report)
+    write_text(partial / "report.md", report_markdown(report))
+    write_json(partial / "meta.json", meta)
+    os.rename(partial, out)
+    shutil.rmtree(out / "spool")  # last: until here the same command would still go on from it
+    return report
+
+
+def progress_bar(title: str, total: int) -> tqdm:
+    """Counts bytes; shows nothing where stderr is not a terminal."""
+    return tqdm(total=total, unit="B", unit_scale=True, desc=title, disable=None)
+
+
+def refuse_nothing(spool: Spool) -> None:
+    """Raise UserError if no document came out at all, and say what became of the records."""
+    if any(total["documents"] for total in spool.totals):
+        return
+    reasons = [f"{entry['count']:,} {reason} (first: {entry['examples'][0]['where']})" for total in spool.totals
+               for reason, entry in {**total["unreadable"], **total["dropped"]}.items()]  # fmt: skip
+    reasons += [f"{total['not_sampled']:,} not in the share that the weight takes" for total in spool.totals if total["not_sampled"]]
+    paths = ", ".join(total["path"] for total in spool.totals)
+    raise UserError(f"{paths} holds no {NOUNS[spool.settings['command']]} to write: {', '.join(reasons) or 'it is empty'}")
+
+
+def refuse_empty_split(splits: dict[str, dict], kind: str, val_fraction: float) -> None:
+    """Raise UserError if a split that was asked for got nothing."""
+    total = sum(counts["documents"] for counts in splits.values())
+    for split in SPLITS if val_fraction else SPLITS[:1]:
+        if split not in splits:
+            example = max(0.001, min(0.5, round(3 / total, 3)))
+            advice = f"use {example:g}, say" if total > 1 else "use a text that makes more documents (reader lines?)"
+            raise UserError(
+                f"none of the {total:,} {NOUNS[kind]}s fell into the {split} split with --val-fraction {val_fraction:g}: "
+                f"{advice}, or 0 for no validation split"
+            )
+
+
+def _reader_of_payload(tokenizer: Tokenizer | None, dtype: np.dtype | None) -> Callable[[bytes], str]:
+    """The head of a document's payload -> its text."""
+    if tokenizer is None:
+        return lambda payload: payload.decode("utf-8", "replace")
+    return lambda payload: tokenizer.decode(np.frombuffer(payload, dtype).tolist())
 
 
 def duplicates_of(spool: Path, settings: dict, memory: int, on_progress) -> Path | None:
@@ -44,7 +121,7 @@ def select(spool: Path, out: Path, settings: dict, duplicates: Path | None, dtyp
     splits = {name: Split(out / f"{name}{'.jsonl' if dtype is None else '.bin'}", dtype, sources) for name in SPLITS}
     tally = {"kept": np.zeros(sources, np.int64), "written": np.zeros(sources, np.int64), "exact": np.zeros(sources, np.int64),
              "near": np.zeros(sources, np.int64)}  # fmt: skip
-    lengths = np.zeros(len(LENGTH_EDGES) - 1, np.int64)
+    lengths = np.zeros(len(LENGTH_EDGES), np.int64)
     rounds = max(1, max(int(np.ceil(corpus["weight"])) for corpus in settings["corpora"]))
     for number in range(rounds):  # a weight of 2 means: the corpus, and later the corpus again, never a text twice in a row
         with open(spool / "payload.bin", "rb") as payload:
@@ -56,7 +133,7 @@ def select(spool: Path, out: Path, settings: dict, duplicates: Path | None, dtyp
                     goal[chosen] = DROP if number else VAL
                 if number == 0:
                     size = documents["units" if dtype is not None else "characters"][stays]
-                    lengths += np.histogram(size, LENGTH_EDGES)[0]
+                    lengths += np.histogram(size, (*LENGTH_EDGES, np.inf))[0]
                     for name, rows in (("kept", stays), ("exact", kind == 0), ("near", kind == 1)):
                         tally[name] += np.bincount(documents["source"][rows], minlength=sources)
                 tally["written"] += np.bincount(documents["source"][goal != DROP], minlength=sources)
@@ -64,7 +141,7 @@ def select(spool: Path, out: Path, settings: dict, duplicates: Path | None, dtyp
     for split in splits.values():
         split.close()
     return {
-        "splits": {name: split.counts() for name, split in splits.items() if split.documents},
+        "splits": {name: split.counts(UNITS[settings["command"]]) for name, split in splits.items() if split.documents},
         "sources": [{name: int(column[source]) for name, column in tally.items()} for source in range(sources)],
         "lengths": {"edges": list(LENGTH_EDGES), "counts": lengths.tolist()},
     }
@@ -99,9 +176,11 @@ class Split:
         if not self.documents:
             self.path.unlink()
 
-    def counts(self) -> dict:
-        return {"documents": self.documents, **self.sums, "max_id": self.max_id, "by_source": self.by_source.tolist(),
-                "sha256": self.sha256.hexdigest()}  # fmt: skip
+    def counts(self, unit: str) -> dict:
+        """What meta.json and the report say of it. `sources`: the units of each corpus."""
+        counts = {"documents": self.documents, unit: self.sums["units"], "bytes": self.sums["bytes"],
+                  "characters": self.sums["characters"], "sources": self.by_source.tolist(), "sha256": self.sha256.hexdigest()}  # fmt: skip
+        return counts if self.dtype is None else {**counts, "max_id": self.max_id}
 
 
 def _copy_runs(documents: np.ndarray, goal: np.ndarray, payload, splits: dict[str, Split], on_progress) -> None:
@@ -184,8 +263,20 @@ def source_reports(settings: dict, totals: list[dict], chosen: dict, examples: l
 
 
 def shard_folders(out: Path) -> list[Path]:
-    """OUT.shard-1-of-n … OUT.shard-n-of-n, in this order; those that are there."""
-    return sorted(out.parent.glob(f"{out.name}.shard-*-of-*"), key=lambda path: int(path.name.split(".shard-")[1].split("-")[0]))
+    """OUT.shard-1-of-n … OUT.shard-n-of-n, in this order. Raises UserError if they are not all there."""
+    if not out.parent.is_dir():
+        raise UserError(f"{out.parent} does not exist")
+    named = {path: re.fullmatch(re.escape(out.name) + r"\.shard-(\d+)-of-(\d+)", path.name) for path in out.parent.iterdir()}
+    found = {(int(match[2]), int(match[1])): path for path, match in named.items() if match and path.is_dir()}
+    if not found:
+        raise UserError(f"there is no {out}.shard-1-of-…; make the shards with --shard i/n --out {out}")
+    counts = sorted({parts for parts, _ in found})
+    if len(counts) > 1:
+        raise UserError(f"there are shards of {' and of '.join(map(str, counts))} beside {out}: remove those that are not meant")
+    missing = [f"{part}/{counts[0]}" for part in range(1, counts[0] + 1) if (counts[0], part) not in found]
+    if missing:
+        raise UserError(f"{out}: missing the shards {', '.join(missing)}")
+    return [found[key] for key in sorted(found)]
 
 
 def shard_settings(folder: Path) -> dict | None:

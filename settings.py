@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import difflib
 import json
 import math
 import os
@@ -122,7 +123,9 @@ def command_line(main, config_class, argv=None, *, description: str = "", comman
                 print(f"\n{prog} COMMAND --help lists a command's flags.")
                 return
             if name not in commands:
-                raise UserError(f"unknown command {name!r}; there are {', '.join(commands)} (see {prog} --help)")
+                near = difflib.get_close_matches(name, commands, n=1)
+                hint = f"did you mean {near[0]}? " if near else ""
+                raise UserError(f"unknown command {name!r}; {hint}There are {', '.join(commands)} (see {prog} --help)")
             main, config_class, description = commands[name]
             argv, prog = argv[1:], f"{prog} {name}"
         main(parse_config(config_class, argv, description=description, prog=prog))

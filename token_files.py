@@ -27,7 +27,7 @@ def token_dtype(vocab_size: int) -> np.dtype:
 
 def pack_ids(ids: list[int], vocab_size: int) -> np.ndarray:
     """Ids -> the array that goes to disk. Raises ValueError for an id outside the vocabulary: it is never written."""
-    wide = np.fromiter(ids, dtype=np.int64, count=len(ids))
+    wide = np.fromiter(ids, dtype=np.int32, count=len(ids))
     if wide.size and not 0 <= wide.min() <= wide.max() < vocab_size:
         bad = wide[(wide < 0) | (wide >= vocab_size)][0]
         raise ValueError(f"the tokenizer made the id {bad}, outside its vocabulary of {vocab_size}")
@@ -139,15 +139,26 @@ def _flat(tree, prefix: str = "") -> dict:
     return {k: v for key, value in items for k, v in _flat(value, f"{prefix}.{key}" if prefix else str(key)).items()}
 
 
-def finished(out: Path, settings: dict, format: str) -> dict | None:
-    """meta.json if OUT holds the finished result of the same settings, None if OUT is free. UserError otherwise."""
-    if not out.exists():
+def refuse_foreign(out: Path, format: str) -> dict | None:
+    """meta.json if OUT holds finished data of this format, None if OUT is free. Raises UserError for anything else."""
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return None
-    meta_file = out / "meta.json"
-    meta = read_json(meta_file) if meta_file.is_file() else {}
+    meta = read_json(out / "meta.json") if (out / "meta.json").is_file() else {}
     if meta.get("format") != format:
         raise UserError(f"{out} already exists and holds something else; choose another --out or remove it")
+    return meta
+
+
+def finished(out: Path, settings: dict, format: str) -> bool:
+    """Whether OUT holds the finished result of the same settings. UserError if it holds anything else."""
+    meta = refuse_foreign(out, format)
+    if meta is None:
+        return False
     refuse_other_settings(out, meta["settings"], settings)
+    names = ["report.json", *(f"{split}.bin" if format == FORMAT else f"{split}.jsonl" for split in meta["splits"])]
+    gone = [name for name in names if not (out / name).is_file()]
+    if gone:
+        raise UserError(f"{out} is not complete any more: {', '.join(gone)} {'is' if len(gone) == 1 else 'are'} missing; remove it")
     shutil.rmtree(out / "spool", ignore_errors=True)  # if the run was killed just before it removed that itself
     print(f"{out} is already complete, made with the same settings from the same files: nothing to do")
-    return meta
+    return True

@@ -21,6 +21,7 @@ from settings import UserError
 import difflib
 import hashlib
 import math
+import os
 import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -99,6 +100,7 @@ def _enter(table: dict[str, Reader], name: str, entry: dict):
 # ----------------------------------------------------------------------------------------------------------------------
 # NAME=PATH: one corpus of the command line
 
+ARCHIVES = ("*.zip", "*.rar", "*.7z", "*.tar", "*.tar.*", "*.tgz")  # zip is read, if it is not inside another one
 _KINDS = {
     "data_process.py pretrain": ("a pretraining reader", PRETRAINING),
     "data_process.py sft": ("an instruction reader", INSTRUCTIONS),
@@ -172,12 +174,11 @@ class Corpus:
         that is left out. `start` = (index of a file, its records that a run before has dealt with): these are passed
         over, with all that was skipped up to there, and the files before are not even opened.
 
-        A file that is damaged, cut off or of another layout is left out from there on, and on_skip is told. If that
-        happens before there was any record, or with `strict`, it is a UserError.
+        A file that is damaged, cut off or of another layout is left out from there on, and on_skip is told. With
+        `strict` it is a UserError; without, the first such file is one at the end if no file held any record.
         """
         first, done = start
-        found = any(start)
-        silent = False
+        found, silent, first_error = any(start), False, None
 
         def skip(reason: str, where: str, details: str) -> None:
             if self.strict:
@@ -208,10 +209,13 @@ class Corpus:
                     if not count and file.first_broken:
                         raise UserError(f"{file.first_broken}; {file.path} has no valid record at all")
             except UserError as error:
-                if self.strict or not found:
+                if self.strict:
                     raise
-                on_skip("the rest of a file that cannot be read", str(error))
+                first_error = first_error or error
+                on_skip("the rest of a file that cannot be read (an unknown number of records)", str(error))
             on_progress(size - reported)
+        if first_error and not found:
+            raise first_error
 
     def _open(self, index: int, skip) -> SourceFile:
         path, member = self.files[index], self.members[index]
@@ -230,47 +234,49 @@ def _nearest(name: str, table: dict[str, Reader]) -> str:
 
 
 def _find(path: Path, reader: Reader) -> list[tuple[Path, str, int]]:
-    """(file, member of the zip archive or "", size on the disk in bytes) of what the reader reads below `path`.
+    """(file, member of the zip archive or "", size on the disk in bytes) of what the reader reads below `path`, sorted.
 
-    A file that the user names is read whatever its name, and so is the only member of an archive.
+    A file that the user names is read whatever its name, and so is the only member of an archive. Archives inside
+    archives, and those of other kinds, are not opened: a line says so.
     """
     if not path.exists():
         raise UserError(f"{path} does not exist")
-    if path.is_file():
-        members = zip_members(path)
-        if members is None:
-            return [(path, "", path.stat().st_size)]
-        wanted = members if len(members) == 1 else _matching(members, reader)
-        found = [(path, member, size) for member, size in wanted]
-    else:
-        found = _find_below(path, reader)
-    if not found:
-        raise UserError(f"{path} holds no file that {reader.name} reads ({' '.join(reader.files)})")
-    return found
-
-
-def _find_below(folder: Path, reader: Reader) -> list[tuple[Path, str, int]]:
-    """All files of a folder and its subfolders that match, and those in zip archives; sorted by path."""
-    found, packed = [], None
-    files = (path for path in folder.rglob("*") if path.is_file())
-    for path in sorted(files, key=lambda path: path.relative_to(folder).as_posix()):
-        name = path.relative_to(folder)
-        if not matches(name, (*reader.files, "*.zip")):
-            packed = path if name.match("*.rar") or name.match("*.7z") or name.match("*.tar*") else packed
+    found, packed, named = [], [], path.is_file()
+    for file in [path] if named else _files_below(path):
+        name = file.relative_to(path)
+        if not named and not matches(name, (*reader.files, *ARCHIVES)):
             continue
-        members = zip_members(path)
-        if members is not None:
-            found += [(path, member, size) for member, size in _matching(members, reader)]
-        elif matches(name, reader.files):
-            found.append((path, "", path.stat().st_size))
-    if packed and not found:
-        raise UserError(f"{packed} has to be unpacked first; beside it there is no file that {reader.name} reads "
-                        f"({' '.join(reader.files)})")  # fmt: skip
+        members = zip_members(file)
+        if members is None:
+            if named or matches(name, reader.files):
+                found.append((file, "", file.stat().st_size))
+            else:
+                packed.append(str(file))
+        for member, size in members or ():
+            if matches(PurePosixPath(member), reader.files) or (named and len(members) == 1):
+                found.append((file, member, size))
+            elif matches(PurePosixPath(member), ARCHIVES):
+                packed.append(f"{file}!{member}")
+    if not found:
+        nothing = f"no file that {reader.name} reads ({' '.join(reader.files)})"
+        raise UserError(f"{packed[0]} has to be unpacked first; beside it there is {nothing}" if packed else f"{path} holds {nothing}")
+    if packed:
+        more = f" and {len(packed) - 3} more" if len(packed) > 3 else ""
+        print(f"passed over, as they have to be unpacked first: {', '.join(packed[:3])}{more}")
     return found
 
 
-def _matching(members: list[tuple[str, int]], reader: Reader) -> list[tuple[str, int]]:
-    return [(member, size) for member, size in members if matches(PurePosixPath(member), reader.files)]
+def _files_below(folder: Path) -> list[Path]:
+    """All files of a folder and its subfolders, by path. Links to folders are followed, each folder once."""
+    files, seen = [], set()
+    for place, folders, names in os.walk(folder, followlinks=True):
+        if os.path.realpath(place) in seen:  # a link to a folder above it, or to one that is here anyway
+            folders.clear()
+            continue
+        seen.add(os.path.realpath(place))
+        folders.sort()  # so that it does not depend on the disk by which of two ways a folder is found
+        files += [path for name in names if (path := Path(place, name)).is_file()]
+    return sorted(files, key=lambda path: path.relative_to(folder).as_posix())
 
 
 from readers import instructions, preferences, pretraining  # noqa: E402, F401 (importing them fills the tables above)

@@ -70,9 +70,7 @@ def _system(text) -> list[dict]:
 )  # fmt: skip
 def oasst(file: SourceFile) -> Iterator[list[dict]]:
     """{"instruction": "…", "input": "", "output": "…", "history": [["question", "answer"], …]}; history comes first"""
-    for record in file.json_objects():
-        if file.has(record, "instruction", "output", "history"):
-            yield [*alpaca_prompt(record), message("assistant", record["output"])]
+    yield from alpaca(file)
 
 
 @instruction_reader(
@@ -282,7 +280,7 @@ def role_text(file: SourceFile) -> Iterator[list[dict]]:
 
 def role_text_lists(file: SourceFile) -> Iterator[list[dict]]:
     """The lists of the layout role-text, with their elements that are no dict left out."""
-    for record in file.json_values():
+    for record in file.json_values(lists=True):
         turns = dicts(record)
         if file.has(turns[0] if turns else record if isinstance(record, dict) else {}, "text"):
             yield turns
@@ -304,7 +302,7 @@ def tidy_conversation(messages: list[dict]) -> tuple[list[dict], str]:
     """-> (the usable part, what was wrong). The usable part is [system,] then user, assistant, user, assistant …
 
     It ends before the first turn that is empty or out of order, and with an answer; if there is none it is empty.
-    A content that is null, a number or a list counts as empty.
+    A content that is null or a list counts as empty.
     """
     turns = [(turn.get("role"), tidy(turn.get("content"))) for turn in messages]
     if any(role not in ("system", "user", "assistant") for role, _ in turns):

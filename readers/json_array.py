@@ -55,6 +55,9 @@ class JsonArray:
                     raise self._cut_off() from None
                 self._file.line += self._text.count("\n", self._at, error.pos)
                 raise UserError(f"{self._file.where()}: not valid JSON: {error.msg}") from None
+            except (ValueError, RecursionError) as error:
+                what = "brackets nested too deeply" if isinstance(error, RecursionError) else "a number of thousands of digits"
+                raise UserError(f"{self._file.where()}: not valid JSON: {what}") from None
             if end == len(self._text) and self._refill():
                 continue  # a number at the end of the block may go on in the next
             self._at = end

@@ -175,15 +175,16 @@ class _ZstdFile(io.RawIOBase):
 def text_encoding(head: bytes) -> str:
     """'utf-8', 'utf-8-sig' or 'gb18030', by the first bytes of a file; they may end inside a character.
 
-    Most Chinese UTF-8 text is not valid gb18030 and the other way round. What is neither is called UTF-8: then single
-    lines are broken, and counted as such.
+    What is not valid UTF-8 is gb18030 or damaged. In damaged UTF-8 most characters are still whole; bytes of gb18030
+    hardly ever look like a character of three bytes, as Chinese ones are in UTF-8, though by chance UTF-8 may well be
+    valid gb18030. Where neither fits, it is called UTF-8: its broken lines are then counted as such.
     """
     if head.startswith(codecs.BOM_UTF8):
         return "utf-8-sig"
-    for encoding in ("utf-8", "gb18030"):
-        try:
-            codecs.getincrementaldecoder(encoding)().decode(head)
-            return encoding
-        except UnicodeDecodeError:
-            continue
-    return "utf-8"
+    try:
+        codecs.getincrementaldecoder("utf-8")().decode(head)
+        return "utf-8"
+    except UnicodeDecodeError:
+        text, other = (head.decode(encoding, "replace") for encoding in ("utf-8", "gb18030"))
+    broken, whole = text.count("\ufffd"), len(re.findall("[\u0800-\ufffc]", text))
+    return "gb18030" if broken > whole and broken > other.count("\ufffd") else "utf-8"

@@ -28,9 +28,9 @@ def txt(file: SourceFile) -> Iterator[str]:
 def markdown(file: SourceFile) -> Iterator[str]:
     """a Markdown file, or a folder of them: each file is one document, without its YAML header
 
-    The header (`---` … `---`) is about the page, not part of it.
+    The header (`---`, `name: value` and so on, `---`) is about the page, not part of it.
     """
-    yield re.sub(r"\A---\n.*?^---\s*$", "", file.text(), flags=re.DOTALL | re.MULTILINE)
+    yield re.sub(r"\A---\n(?=[\w-]+:\s).*?^---\s*$", "", file.text(), flags=re.DOTALL | re.MULTILINE)
 
 
 @pretraining_reader("lines", files=("*.txt",), source="your own texts, one line per document", licence="yours")

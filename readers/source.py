@@ -17,10 +17,16 @@ from readers.opening import Content, damage, plain_name, text_encoding
 HEAD = 1 << 20  # bytes that decide the encoding
 LONGEST_LINE = 16 << 20  # bytes looked through for the first line of a JSON file
 LARGEST_TEXT = 64 << 20  # bytes of a file that is one document: more is nearly always one document per line
+_JSON_TYPES = (str, int, float, list, dict, type(None))  # a bool is an int
 
 
 def tidy(text) -> str:
-    """What happens to every text of every reader: line ends become \\n, white space at both ends goes; None is ''."""
+    """What happens to every text of every reader: line ends become \\n, white space at both ends goes.
+
+    A number is the text of its digits. What is no text, None or NaN (a missing cell, as pandas writes it), is ''.
+    """
+    if isinstance(text, (int, float)) and not isinstance(text, bool) and text == text:
+        return str(text)
     return text.replace("\r\n", "\n").replace("\r", "\n").strip() if isinstance(text, str) else ""
 
 
@@ -105,10 +111,16 @@ class SourceFile:
         self._on_skip(reason, self.where(), details)
 
     def has(self, record: dict, *fields: str) -> bool:
-        """Whether the record has these fields. UserError if the first of the file has not: the layout is another."""
+        """Whether the record has these fields. UserError if the first of the file has not: the layout is another.
+
+        The columns of a Parquet file may hold bytes or dates instead: such a record is skipped.
+        """
         missing = [name for name in fields if name not in record]
         if not missing:
             self._matched = True
+            if all(isinstance(record[name], _JSON_TYPES) for name in fields):
+                return True
+            self.skip("not a text")
         elif not self._matched:
             raise UserError(
                 f"{self.where()}: not the layout of {self._reader_name!r}: expected the fields {', '.join(fields)}; "
@@ -116,7 +128,7 @@ class SourceFile:
             )
         else:
             self.skip(f"without the field {missing[0]}")
-        return not missing
+        return False
 
     # ------------------------------------------------------------------------------------------------------------------
     # Text, lines and tables
@@ -163,7 +175,8 @@ class SourceFile:
                 self.line = start
                 if "unexpected end" in str(error):
                     raise UserError(f"{self.where()}: the file is cut off inside a quoted cell of this row") from None
-                self._skip_broken("not valid CSV", f": {error}")
+                lone = "a carriage return alone does not end a line (tr '\\r' '\\n' converts them)"
+                self._skip_broken("not valid CSV", f": {lone if 'new-line character' in str(error) else error}")
                 continue
             self.line = start
             if row is None:
@@ -195,18 +208,21 @@ class SourceFile:
             else:
                 self.skip("not a JSON object")
 
-    def json_values(self) -> Iterator:
+    def json_values(self, lists: bool = False) -> Iterator:
         """The elements of a JSON array, the values of JSON lines, or the one object that is the file.
 
         They are told apart by content. A file that begins with `[` is one array, unless its first line is a complete
         list and the next line begins with `[` too: then it is JSON lines, and each of its records is a list.
+        `lists`: all records of the layout are lists, so a first line is one already if it is a list of other values.
         """
         self._need_text()
         lines = (line for line in iter(lambda: self.stream.readline(LONGEST_LINE), b"") if not line.isspace())
         first, second = next(lines, b""), next(lines, b"")
-        lists = self._first == b"[" and second.lstrip()[:1] == b"[" and isinstance(self._json(first), list)
+        more = second.lstrip()[:1] == b"["
+        value = self._json(first) if self._first == b"[" and (lists or more) else None
+        by_line = isinstance(value, list) and (more or (value and not isinstance(value[0], list)))
         self._rewind()
-        if self._first == b"[" and not lists:
+        if self._first == b"[" and not by_line:
             yield from JsonArray(self)
             return
         if self._first == b"{" and self._json(first) is None:  # perhaps one object over many lines

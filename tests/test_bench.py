@@ -112,10 +112,13 @@ def test_data_is_the_real_pretraining_path(tmp_path, capsys):
     text.write_text("\n".join(f"第{i}行，法国的首都是巴黎。" for i in range(300)), encoding="utf-8")
     trained = tokenizer_module.train([text], 300, tmp_path / "tokenizer")
     lines = text.read_text(encoding="utf-8").splitlines()
+    capsys.readouterr()
     result = bench.data_worker(DataConfig(tokenizer=tmp_path / "tokenizer", input=(str(text),)), "1")
     assert result["bytes"] == text.stat().st_size and result["seconds"] > 0
     assert result["tokens"] == sum(len(trained.encode(line)) + 1 for line in lines)
-    assert "characters per token" in capsys.readouterr().err  # what data_process.py says must not mix with the JSON
+    assert capsys.readouterr().out == ""  # what data_process.py says must not mix with the JSON
+    with pytest.raises(UserError, match="no-tokenizer"):
+        bench.data_worker(DataConfig(tokenizer=tmp_path / "no-tokenizer", input=(str(text),)), "1")
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ import pytest
 
 import data_look
 from data_look import CODES, Documents, LookConfig, Records, look
+from data_report import _cut
 from token_files import FORMAT
 
 DOCUMENTS = ["人之初，性本善。\n性相近，习相远。", "", "法国的首都是巴黎", "a\x1b[31mb", "龘"]
@@ -122,6 +123,26 @@ def test_documents_longer_than_a_block_or_a_screen(here, ours, capsys, monkeypat
     assert "40 · 5 tokens" in output(capsys, "tok", "--start", "40")
 
 
+@pytest.mark.parametrize("rest", [[], [5]])
+def test_each_block_is_searched_once(rest, here, ours, monkeypatch):
+    """However many documents a block holds; the last token of the file may or may not be an eos."""
+    searched, real = [], np.flatnonzero
+    monkeypatch.setattr(data_look, "BLOCK", 100)
+    monkeypatch.setattr(data_look.np, "flatnonzero", lambda found: searched.append(len(found)) or real(found))
+    write_tokens(here / "tok", ours, [*[[5, ours.eos_id]] * 250, rest])
+    collection = Documents(here / "tok", LookConfig(here / "tok"))
+    assert collection.position(240) == 480 and searched == [100] * 5
+    assert collection.position(250) == (500 if rest else None) and collection.position(251) is None
+    assert searched == [100] * 5 + [1] * len(rest) and len(collection.starts) == 250 + len(rest)
+
+
+def test_one_line_of_the_report():
+    """data_report._cut: an emoji of several signs and a space of no width stay; only control signs are replaced."""
+    text = "👨\u200d👩\u200d👧 a\u200bb\u00ad"
+    assert _cut(text, 40) == text
+    assert _cut("a\x00\x1b\x7f\x9b\ud83db\u2028c\x85d", 40) == "a\ufffd\ufffd\ufffd\ufffd\ufffdb c d"
+
+
 def test_bare_token_file(token_data, ours, capsys):
     Path("bare.bin").write_bytes(Path("tok/train.bin").read_bytes())
     with pytest.raises(UserError, match=r"bare\.bin is a bare token file: name its tokenizer"):
@@ -164,6 +185,22 @@ def test_preferences(here, capsys):
     assert output(capsys, "dpo.jsonl") == (
         title("dpo.jsonl: 0") + "user\n首都？\n\nchosen\n巴黎\n北京\n\nrejected\n不知道\n\n"
     )
+
+
+def test_bad_records_are_shown_as_such(here, typed, ours_dir):
+    lines = ["[]", "{", "[" * 100_000, json.dumps({"text\u001b": 1}), json.dumps({"messages": [{"role": 5, "content": "a"}]}),
+             json.dumps({"messages": CHAT[1:]})]  # fmt: skip
+    path = (here / "bad.jsonl").resolve()
+    path.write_text("\n".join(lines), encoding="utf-8")
+    text, shown = typed(*[""] * 5)(str(path))
+    layout = "neither messages nor a preference as `sft` and `preferences` write them"
+    messages = [layout, *["not a line of JSON in UTF-8"] * 2, f"{layout}; its fields are text\\u001b", f"{layout}; its fields are messages"]
+    assert shown == 6 and text.count("\x1b[31m") == 5
+    for number, message in enumerate(messages):
+        at = len("\n".join(lines[:number])) + bool(number)
+        assert f"bad.jsonl: {number} · bad record at byte {at:,} " in text and coloured(message, "red") in text
+    text, _ = typed()(str(path), "--start", "5", "--tokenizer", str(ours_dir))
+    assert coloured("message 1 of 1 is the assistant's, but no user message comes before it", "red") in text
 
 
 def test_lines_are_found_lazily(here):
@@ -275,6 +312,8 @@ def test_no_color(here, typed, monkeypatch):
     path = str(write_lines(here / "train.jsonl", PREFERENCE).resolve())
     monkeypatch.setenv("NO_COLOR", "1")
     assert "\x1b" not in typed()(path)[0]
+    monkeypatch.setenv("NO_COLOR", "")
+    assert "\x1b" in typed()(path)[0]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -286,23 +325,19 @@ def test_no_color(here, typed, monkeypatch):
     [
         (["absent"], "absent does not exist"),
         (["empty"], "empty is no prepared data (train.bin or train.jsonl): it holds nothing"),
-        (["."], "it holds bad.jsonl, empty, other.jsonl, sft, tok"),
+        (["."], "it holds empty, sft, tok"),
         (["sft", "--split", "val"], "sft has no val split"),
         (["tok", "--split", "val"], "tok has no val split"),
         (["sft", "--start", "1"], "sft/train.jsonl has no number 1: there are 1, counted from 0"),
         (["sft", "--tokens"], "--tokens needs --tokenizer"),
         (["tok", "--template", "baby", "--tokenizer", "tok"], "tok is token data: --template is for conversations"),
-        (["bad.jsonl", "--start", "1"], "bad.jsonl, byte 3: not a line of JSON in UTF-8"),
-        (["bad.jsonl"], "bad.jsonl, byte 0: neither messages nor a preference as `sft` and `preferences` write them"),
-        (["other.jsonl"], "write them; its fields are text"),
+        (["sft", "--tokenizer", "tok", "--template", "jinja"], "the chat template jinja was asked for"),
         (["tok", "--start", "-1", "--template", "baby"], "--start -1: needs 0 or more; --template needs --tokenizer"),
     ],
 )
 def test_mistakes_are_named(token_data, words, message):
     Path("empty").mkdir()
     write_lines(Path("sft/train.jsonl"), {"messages": CHAT})
-    write_lines(Path("other.jsonl"), {"text": "a"})
-    Path("bad.jsonl").write_text("[]\n{\n", encoding="utf-8")
     with pytest.raises(UserError) as error:
         look(parse_config(LookConfig, words))
     assert message in str(error.value)

@@ -20,6 +20,7 @@ import sentencepiece
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import chunks
 import data_process
 import encoders
 import readers.source
@@ -89,7 +90,7 @@ def corpus_file(tmp_path_factory) -> Path:
 @pytest.fixture
 def small_chunks(monkeypatch):
     """About 35 chunks of the 70 kB corpus, and progress saved after every third."""
-    monkeypatch.setattr(data_process, "CHUNK_CHARACTERS", 700)
+    monkeypatch.setattr(chunks, "CHUNK_CHARACTERS", 700)
     monkeypatch.setattr(spool, "CHUNKS_PER_SAVE", 3)
     monkeypatch.setattr(data_process, "CHUNKS_PER_SAVE", 3)
 
@@ -223,11 +224,7 @@ def test_no_record_is_lost_without_being_counted(records, dedup, weight, limit, 
     (folder / "x.jsonl").write_text("\n".join(lines), encoding="utf-8")
     config = PretrainConfig(corpus=(f"jsonl:{weight}={folder / 'x.jsonl'}",), tokenizer=tokenizer_file, out=folder / "out",
                             workers=1, val_fraction=0.0, dedup=dedup, limit=limit)  # fmt: skip
-    try:
-        report = data_process.prepare(config)
-    except UserError as error:
-        assert weight == 0.5 and "nothing is left" in str(error)
-        return
+    report = data_process.prepare(config)
     source = report["sources"][0]
     assert balanced(report) and source["records"] == min(len(lines), limit or len(lines))
     written = documents_of(folder / "out", "train")
@@ -366,9 +363,9 @@ def test_interrupted_anywhere_gives_the_same_bytes(
 SLOW_RUN = """
 import sys, time
 sys.path.insert(0, {repository!r})
-import data_process, spool
+import chunks, data_process, spool
 from settings import command_line
-data_process.CHUNK_CHARACTERS, spool.CHUNKS_PER_SAVE = 700, 2
+chunks.CHUNK_CHARACTERS, spool.CHUNKS_PER_SAVE = 700, 2
 append = spool.Spool.append
 def slow(self, *arguments):
     time.sleep(0.02)
@@ -429,8 +426,8 @@ def test_killed_and_run_again_gives_the_same_bytes(corpus_file, tokenizer_file, 
 MORTAL_RUN = """
 import os, shutil, signal, sys
 sys.path.insert(0, {repository!r})
-import data_process, files, selection, spool
-data_process.CHUNK_CHARACTERS, spool.CHUNKS_PER_SAVE, data_process.CHUNKS_PER_SAVE = 700, 2, 2
+import chunks, data_process, selection, spool
+chunks.CHUNK_CHARACTERS, spool.CHUNKS_PER_SAVE, data_process.CHUNKS_PER_SAVE = 700, 2, 2
 left = int(sys.argv[1])
 def mortal(function):
     def call(*arguments, **named):
@@ -442,7 +439,7 @@ def mortal(function):
     return call
 spool.Spool.append, spool.Spool.save = mortal(spool.Spool.append), mortal(spool.Spool.save)
 selection.copy_bytes = mortal(selection.copy_bytes)
-data_process.write_json, data_process.write_text = mortal(data_process.write_json), mortal(data_process.write_text)
+selection.write_json, selection.write_text = mortal(selection.write_json), mortal(selection.write_text)
 os.rename, os.replace, shutil.rmtree = mortal(os.rename), mortal(os.replace), mortal(shutil.rmtree)
 data_process.command_line(None, None, sys.argv[2:], commands=data_process.COMMANDS)
 """
@@ -480,8 +477,17 @@ def _group_is_alive(group: int) -> bool:
     return any(row[0] == str(group) and not row[1].startswith("Z") for row in rows)
 
 
+def test_a_share_that_holds_nothing_says_so(tokenizer_file, tmp_path):
+    path = write_lines(tmp_path / "x.jsonl", [{"text": text} for text in texts(3)])
+    config = PretrainConfig(corpus=(f"jsonl:0.00001={path}",), tokenizer=tokenizer_file, out=tmp_path / "out", workers=1)
+    with pytest.raises(UserError, match="holds no document to write: 3 not in the share that the weight takes"):
+        data_process.prepare(config)
+    assert [path.name for path in tmp_path.iterdir()] == ["x.jsonl"]
+
+
 def test_finished_run_says_so_and_others_are_refused(corpus_file, tokenizer_file, tmp_path, capsys):
     out = tmp_path / "out"
+    out.mkdir()  # an empty directory is free
     first = prepare(corpus_file, tokenizer_file, out)
     before = files_of(out)
     capsys.readouterr()
@@ -493,10 +499,16 @@ def test_finished_run_says_so_and_others_are_refused(corpus_file, tokenizer_file
     edited.write_text(corpus_file.read_text(encoding="utf-8").replace("春", "冬", 1), encoding="utf-8")
     with pytest.raises(UserError, match=r"corpora.0.sha256 was "):
         prepare(edited, tokenizer_file, out)
+    with pytest.raises(UserError, match=r"rules.width was on, is absent"):
+        prepare(corpus_file, tokenizer_file, out, without=("width",))
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("keep")
     with pytest.raises(UserError, match="already exists and holds something else"):
         prepare(corpus_file, tokenizer_file, tmp_path / "mine")
+    (out / "train.bin").rename(tmp_path / "elsewhere")
+    with pytest.raises(UserError, match=r"is not complete any more: train\.bin is missing"):
+        prepare(corpus_file, tokenizer_file, out)
+    (tmp_path / "elsewhere").rename(out / "train.bin")
     assert files_of(out) == before and files_of(tmp_path / "mine") == {"thesis.txt": b"keep"}
 
 
@@ -590,28 +602,109 @@ def test_a_weight_takes_a_share_or_repeats(corpus_file, tokenizer_file, tmp_path
     assert twice[: len(whole)] == whole and twice[len(whole) :] == [text for text in whole if text in half]
 
 
-def test_shards_merge_to_what_one_machine_writes(corpus_file, tokenizer_file, tmp_path, small_chunks):
+@pytest.mark.parametrize("dedup", ["none", "exact", "minhash"])
+def test_shards_merge_to_what_one_machine_writes(dedup, corpus_file, tokenizer_file, tmp_path, small_chunks):
     doubled = write_lines(tmp_path / "doubled.jsonl", [{"text": text} for text in texts(400)[100:200]])
     corpora = (f"jsonl={corpus_file}", f"jsonl={doubled}")
 
     def run(out: str, **settings) -> dict:
         return data_process.prepare(PretrainConfig(corpus=corpora, tokenizer=tokenizer_file, out=tmp_path / out, workers=1,
-                                                   val_fraction=0.1, dedup="minhash", **settings))  # fmt: skip
+                                                   val_fraction=0.1, dedup=dedup, **settings))  # fmt: skip
+
+    def merge() -> dict:
+        return data_process.merge(data_process.MergeConfig(tmp_path / "parts.of.it"))
 
     one = run("one")
-    assert one["sources"][1]["duplicates"]["exact"] == 100
-    with pytest.raises(UserError, match=r"there is no .*parts\.shard-1-of"):
-        data_process.merge(data_process.MergeConfig(tmp_path / "parts"))
+    assert one["sources"][1]["duplicates"]["exact"] == (0 if dedup == "none" else 100)
+    with pytest.raises(UserError, match=r"there is no .*parts\.of\.it\.shard-1-of"):
+        merge()
     for part in (3, 1):
-        run("parts", shard=f"{part}/3")
+        run("parts.of.it", shard=f"{part}/3")
     with pytest.raises(UserError, match="missing the shards 2/3"):
-        data_process.merge(data_process.MergeConfig(tmp_path / "parts"))
-    run("parts", shard="2/3")
-    merged = data_process.merge(data_process.MergeConfig(tmp_path / "parts"))
-    assert balanced(merged) and [source["kept"] for source in merged["sources"]] == [400, 0]
+        merge()
+    run("parts.of.it", shard="2/3", seed=5)
+    with pytest.raises(UserError, match=r"shard-2-of-3 was made with other settings \(seed was 5, is 0\)"):
+        merge()
+    shutil.rmtree(tmp_path / "parts.of.it.shard-2-of-3")
+    run("parts.of.it", shard="2/3")
+    merged = merge()
+    assert balanced(merged) and [source["kept"] for source in merged["sources"]] == [400, 100 if dedup == "none" else 0]
     for name in ("train.bin", "val.bin", "meta.json"):
-        assert (tmp_path / "parts" / name).read_bytes() == (tmp_path / "one" / name).read_bytes()
-    assert data_process.merge(data_process.MergeConfig(tmp_path / "parts")) == merged  # again: nothing to do
+        assert (tmp_path / "parts.of.it" / name).read_bytes() == (tmp_path / "one" / name).read_bytes()
+    assert merge() == merged  # again: nothing to do
+    run("parts.of.it", shard="2/2")
+    with pytest.raises(UserError, match="shards of 2 and of 3 beside"):
+        merge()
+
+
+def test_shards_of_conversations(tmp_path):
+    records = [{"instruction": text, "output": "答"} for text in texts(50)]
+    path = write_lines(tmp_path / "x.jsonl", records)
+    sft(f"alpaca={path}", val_fraction=0.2, out=tmp_path / "one")
+    for part in ("2/2", "1/2"):
+        sft(f"alpaca={path}", val_fraction=0.2, out=tmp_path / "two", shard=part)
+    data_process.merge(data_process.MergeConfig(tmp_path / "two"))
+    assert (tmp_path / "two" / "train.jsonl").read_bytes() == (tmp_path / "one" / "train.jsonl").read_bytes()
+
+
+def test_every_sign_of_a_conversation_counts(tmp_path):
+    pairs = [("15 - 2", "好的：35"), ("1.5 + 2", "好的：3.5"), ("x>>1", "好"), ("x<<1", "好"), ("他是不", "好的"), ("他是", "不好的"),
+             ("Hi  There", "ok"), ("hi there", "OK")]  # fmt: skip
+    path = write_lines(tmp_path / "x.jsonl", [{"instruction": one, "output": other} for one, other in pairs])
+    report = sft(f"alpaca={path}", out=tmp_path / "out", val_fraction=0.0)
+    assert report["sources"][0]["duplicates"]["exact"] == 1 and report["sources"][0]["kept"] == 7
+
+
+def test_many_bad_lines_do_not_fill_the_memory(tmp_path):
+    path = tmp_path / "x.jsonl"
+    path.write_text('{"text": "春眠不觉晓，处处闻啼鸟。"}\n' + "{bad\n" * 5000, encoding="utf-8")
+    corpus = Corpus.from_argument(f"jsonl={path}", PRETRAINING)
+    [chunk] = chunks.chunks([corpus], lambda count: None)
+    assert chunk.unreadable["not valid JSON"]["count"] == 5000 and len(chunk.unreadable["not valid JSON"]["examples"]) == 3
+
+
+def test_folders_of_others_are_left_alone(corpus_file, tokenizer_file, tmp_path):
+    for name in ("out.partial", "out.shard-1-of-2"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "thesis.txt").write_text("keep")
+    with pytest.raises(UserError, match=r"out\.partial already exists and holds something else"):
+        prepare(corpus_file, tokenizer_file, tmp_path / "out")
+    with pytest.raises(UserError, match=r"out\.shard-1-of-2 already exists and holds something else"):
+        prepare(corpus_file, tokenizer_file, tmp_path / "out", shard="1/2")
+    assert all((tmp_path / name / "thesis.txt").exists() for name in ("out.partial", "out.shard-1-of-2"))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs a file system that takes any bytes as a name")
+def test_a_file_name_in_another_encoding(tokenizer_file, tmp_path):
+    name = os.path.join(os.fsencode(tmp_path), "水调歌头.jsonl".encode("gb18030"))
+    with open(name, "wb") as stream:
+        stream.write('{"text": "春眠不觉晓，处处闻啼鸟。"}\n{bad\n'.encode())
+    report = prepare(Path(os.fsdecode(name)), tokenizer_file, tmp_path / "out", val_fraction=0.0)
+    assert report["sources"][0]["kept"] == 1 and r"\udc" in report["sources"][0]["path"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"out": Path()}, "--out .: name a new directory"),
+        ({"seed": 1 << 70}, "is too large"),
+        ({"corpus": ("jsonl:5000={corpus}",)}, "the weight 5000 is more than 1000"),
+        ({"shard": "3/2"}, "--shard 3/2: write i/n with i from 1 to n"),
+        ({"dedup_permutations": 100}, "needs a multiple of 32"),
+        ({"without": ("markdwon",)}, "did you mean markup"),
+        ({"vocab_size": -5}, "--vocab-size must be at least 1, not -5"),
+    ],
+)
+def test_mistakes_that_are_named_before_anything_is_read(settings, message, corpus_file, tmp_path):
+    corpus = tuple(argument.format(corpus=corpus_file) for argument in settings.get("corpus", ("jsonl={corpus}",)))
+    config = PretrainConfig(**{"out": tmp_path / "out", **settings, "corpus": corpus})
+    assert message in "; ".join(config.problems())
+
+
+def test_the_output_within_the_input_is_refused(tmp_path):
+    write_lines(tmp_path / "in" / "x.jsonl", [{"instruction": "问", "output": "答"}])
+    config = SftConfig(dataset=(f"alpaca={tmp_path / 'in'}",), out=tmp_path / "in" / "out")
+    assert f"lies within {tmp_path / 'in'}, which is read" in "; ".join(config.problems())
 
 
 def test_limit_takes_the_first_records_of_each_corpus(corpus_file, tokenizer_file, tmp_path, small_chunks):
@@ -626,11 +719,16 @@ def test_evaluation_questions_are_taken_out(tokenizer_file, tmp_path):
     (tmp_path / "exam").mkdir()
     (tmp_path / "exam" / "x_val.csv").write_text(f"id,question,A,B,C,D,answer\n0,{question},甲,乙,丙,丁,A\n", encoding="utf-8")
     some = texts(20)
-    path = write_lines(tmp_path / "x.jsonl", [{"text": text} for text in [*some, f"{some[0]}{question}？{some[1]}"]])
-    report = prepare(path, tokenizer_file, tmp_path / "out", val_fraction=0.0, decontaminate=tmp_path / "exam")
-    assert documents_of(tmp_path / "out", "train") == some and balanced(report)
-    assert report["sources"][0]["dropped"]["evaluation question"]["count"] == 1
-    assert "x_val.csv:2" in report["sources"][0]["dropped"]["evaluation question"]["examples"][0]["text"]
+    written = [*some[2:], f"{some[0]}\n3. {question}？\n{some[1]}", f"1. {question}？"]
+    path = write_lines(tmp_path / "x.jsonl", [{"text": text} for text in written])
+    report = prepare(path, tokenizer_file, tmp_path / "out", val_fraction=0.0, decontaminate=tmp_path / "exam", dedup="none")
+    assert documents_of(tmp_path / "out", "train") == [*some[2:], f"{some[0]}\n{some[1]}"] and balanced(report)  # the line goes
+    [source] = report["sources"]
+    assert source["dropped"]["evaluation question"]["count"] == source["changed"]["evaluation question"]["count"] == 1
+    assert "x_val.csv:2" in source["dropped"]["evaluation question"]["examples"][0]["text"]
+    talk = write_lines(tmp_path / "sft.jsonl", [{"instruction": f"{question}？", "output": "答"}, {"instruction": some[0], "output": "答"}])
+    report = sft(f"alpaca={talk}", out=tmp_path / "sft", val_fraction=0.0, decontaminate=tmp_path / "exam")
+    assert lines_of(tmp_path / "sft", "train") == [{"messages": turns(some[0], "答")}] and balanced(report)
 
 
 def test_the_same_directory_is_locked_for_others(corpus_file, tokenizer_file, tmp_path):
@@ -751,7 +849,7 @@ def test_command_line_names_all_mistakes_in_one_line(tmp_path):
         "/no/such/file does not exist",
         "txt=novel.txt",
         "no file that csv reads (*.csv)",
-        "--workers must be 0 or more, not -1",
+        "--workers must be at least 0, not -1",
         "--val-fraction 1.5",
     ):
         assert part in done.stderr

@@ -33,7 +33,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if file.get("status", 200) >= 400:
             return self.answer(file["status"], b"sorry", {})
         content, etag, ranged = file.get("content", CONTENT), file.get("etag", '"one"'), self.headers.get("Range")
-        headers = {"ETag": etag} if etag else {}
+        headers = {**({"ETag": etag} if etag else {}), **file.get("headers", {})}
         if ranged and file.get("ranges", True) and self.headers.get("If-Range") == etag:
             begin = int(ranged.removeprefix("bytes=").removesuffix("-"))
             if begin >= len(content):
@@ -44,9 +44,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def answer(self, status, content, headers):
         self.send_response(status)
-        for name, value in {**headers, "Content-Length": len(content)}.items():
-            self.send_header(name, str(value))
+        for name, value in {"Content-Length": len(content), **headers}.items():
+            if value is not None:
+                self.send_header(name, str(value))
         self.end_headers()
+        self.close_connection = not str(headers.get("Content-Length", "1")).isdecimal()
         cut = self.server.cuts.get(self.path)
         if cut and status in (200, 206):  # the connection ends after the first of these many bytes, next time after the second …
             content = content[: cut.pop(0)]
@@ -96,7 +98,7 @@ def get(server, out: Path, *paths: str, **item) -> bytes:
 def test_whole_file_and_not_again(server, tmp_path, capsys):
     server.files["/a"] = {}
     assert get(server, tmp_path / "new" / "folder", "/a", sha256=SHA256, size=len(CONTENT)) == CONTENT
-    assert "102,400 bytes; size and sha256 are right" in capsys.readouterr().out
+    assert "102,400 bytes, as long as the registry said; the sha256 is right" in capsys.readouterr().out
     assert get(server, tmp_path / "new" / "folder", "/a", sha256=SHA256) == CONTENT
     assert "already there" in capsys.readouterr().out
     assert server.asked == [("/a", None, None)]
@@ -105,7 +107,40 @@ def test_whole_file_and_not_again(server, tmp_path, capsys):
 def test_says_what_it_could_not_verify(server, tmp_path, capsys):
     server.files["/a"] = {"etag": f'"{SHA256}"'}  # any server may call anything so: only Hugging Face's header counts
     get(server, tmp_path, "/a")
-    assert "the size is right; no sha256 is known" in capsys.readouterr().out
+    assert "102,400 bytes, as long as the server said; no sha256 is known" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("length", [None, "abc", "-1"])
+def test_server_that_does_not_say_how_long_the_file_is(length, server, tmp_path, capsys):
+    server.files["/a"] = {"headers": {"Content-Length": length}}
+    assert get(server, tmp_path, "/a") == CONTENT
+    assert "102,400 bytes, the server did not say how long it is; no sha256 is known" in capsys.readouterr().out
+
+
+def test_a_web_page_is_not_the_file(server, tmp_path):
+    page = {"content": b"<html>log in</html>", "etag": None, "headers": {"Content-Type": "text/html; charset=utf-8"}}
+    server.files.update({"/login": page, "/a": {}})
+    (tmp_path / "a.json.part").write_bytes(CONTENT[:1000])
+    (tmp_path / "a.json.part.etag").write_text('"one"')
+    assert get(server, tmp_path, "/login", "/a", sha256=SHA256) == CONTENT  # and what was there is not lost
+    assert server.asked[1] == ("/a", "bytes=1000-", '"one"')
+    (tmp_path / "a.json").unlink()
+    with pytest.raises(UserError, match=r"/login: a web page instead of the file; perhaps one has to log in"):
+        get(server, tmp_path, "/login")
+    item = Download("page.html", (server.url + "/login",))
+    assert download(reader(item), tmp_path)[0].read_bytes() == page["content"]
+
+
+def test_an_empty_file_and_a_folder_are_not_the_file(server, tmp_path):
+    server.files.update({"/empty": {"content": b""}, "/a": {}})
+    (tmp_path / "a.json").write_bytes(b"")
+    assert get(server, tmp_path, "/empty", "/a") == CONTENT
+    (tmp_path / "a.json").unlink()
+    with pytest.raises(UserError, match=r"/empty: it is empty \(kept as a.json.damaged\)"):
+        get(server, tmp_path, "/empty")
+    (tmp_path / "a.json").mkdir()
+    with pytest.raises(UserError, match=r"a.json is a folder, and a file is to stand there"):
+        get(server, tmp_path, "/a")
 
 
 def test_several_files_in_subfolders(server, tmp_path):
@@ -209,7 +244,7 @@ def test_checksum_that_hugging_face_states_on_the_redirect(server, tmp_path, cap
     server.files.update({"/hub": {"to": "/cdn", "headers": linked}, "/cdn": {}, "/bad": {"content": CONTENT[::-1]}})
     server.cuts["/cdn"] = [1000]
     assert get(server, tmp_path, "/hub", size=len(CONTENT)) == CONTENT
-    assert "size and sha256 are right" in capsys.readouterr().out
+    assert "the sha256 is right" in capsys.readouterr().out
     assert server.asked[2:] == [("/hub", "bytes=1000-", '"one"'), ("/cdn", "bytes=1000-", '"one"')]
     (tmp_path / "a.json").unlink()
     server.files["/hub"]["to"] = "/bad"
@@ -270,6 +305,11 @@ def test_fetch(server, tmp_path, monkeypatch, capsys):
         fetch(config)
     assert fetch(DownloadConfig("mine", tmp_path / "b", table="preferences"))["files"] == [str(tmp_path / "b" / "a.json")]
     assert (tmp_path / "b" / "a.json").read_bytes() == b"{}"
+    monkeypatch.chdir(tmp_path)  # corpora of one name do not share a folder: each would read the other's files
+    assert fetch(DownloadConfig("mine", table="sft"))["files"] == [str(Path("data/mine-sft/a.json"))]
+    assert fetch(DownloadConfig("mine", table="preferences"))["files"] == [str(Path("data/mine-preferences/a.json"))]
+    monkeypatch.delitem(PREFERENCES, "mine")
+    assert fetch(DownloadConfig("mine"))["files"] == [str(Path("data/mine/a.json"))]
     monkeypatch.setitem(INSTRUCTIONS, "bare", reader(name="bare"))
     with pytest.raises(UserError, match=r"bare cannot be fetched by a program; get it here: https://example.org/mine"):
         fetch(DownloadConfig("bare"))

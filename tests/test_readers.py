@@ -5,6 +5,7 @@ from __future__ import annotations
 from settings import UserError
 
 import csv
+import datetime
 import json
 import os
 from collections import Counter
@@ -66,9 +67,10 @@ def test_txt_and_markdown(tmp_path):
     (tmp_path / "d.md").write_text("一\n---\n二\n---\n三", encoding="utf-8")  # rules, not a header
     (tmp_path / ".hidden.txt").write_text("no")
     (tmp_path / "e.csv").write_text("no")
-    pages = ["\n# 题\n\n文", "\n", "一\n---\n二\n---\n三"]
+    (tmp_path / "f.md").write_text("---\n第一段正文。\n\n---\n第二段", encoding="utf-8")
+    pages = ["\n# 题\n\n文", "\n", "一\n---\n二\n---\n三", "---\n第一段正文。\n\n---\n第二段"]
     found, skipped = read("txt", tmp_path)
-    assert [tidy(text) for text in found] == ["# 题\n\n文", "第二\n篇", "", "一\n---\n二\n---\n三"] and not skipped
+    assert [tidy(text) for text in found] == ["# 题\n\n文", "第二\n篇", "", *pages[2:]] and not skipped
     assert [tidy(text) for text in read("markdown", tmp_path)[0]] == [tidy(page) for page in pages]
 
 
@@ -105,6 +107,11 @@ def test_parquet(tmp_path):
     write_parquet(tmp_path / "x.parquet", {"content": ["一"]})
     with pytest.raises(UserError, match="expected the fields text; found content"):
         read("parquet", tmp_path)
+    columns = {"text": [b"\xe4\xb8\x80", None], "at": [datetime.date(2024, 1, 1)] * 2}
+    write_parquet(tmp_path / "x.parquet", columns)
+    assert read("parquet", tmp_path) == ([None], {"not a text": 1})
+    write_parquet(tmp_path / "x.parquet", {"prompt": ["问"], "answer": columns["at"][:1]})
+    assert read("prompt-answer", tmp_path, INSTRUCTIONS) == ([], {"not a text": 1})
 
 
 def test_wikipedia_cn(tmp_path):
@@ -192,6 +199,10 @@ def test_role_text(tmp_path):
     plain, dialogue = "a plain text, not a dialogue (pretrain reads it)", "a dialogue, not a plain text (sft reads it)"
     assert read("role-text", path, INSTRUCTIONS) == ([turns("问", "答")], {**missing, plain: 2})
     assert read("role-text", path) == (["一段文字", "又一段"], {**missing, dialogue: 1})
+    write_lines(path, ROLE_TEXT[:1])  # one line alone is one record too
+    assert read("role-text", path, INSTRUCTIONS) == ([turns("问", "答")], {})
+    write_lines(path, [ROLE_TEXT[:2]])  # unless it is an array of records
+    assert read("role-text", path, INSTRUCTIONS) == ([turns("问", "答")], {plain: 1})
 
 
 POEMS = {
@@ -307,6 +318,7 @@ ALPACA = [
     {"instruction": "反转", "input": "输入：\n甲乙", "output": "输出: 乙甲"},
     {"instruction": "分类", "input": "输入:苹果", "output": "水果"},
     {"instruction": "输入：一段话", "input": "", "output": "结果的输出：无"},
+    {"instruction": "把下面的数加一", "input": 41, "output": 42},
     {"instruction": "三", "output": "答", "history": [["一", "1"], ["二", "2"]], "system": "你是助手"},
 ]
 ALPACA_TURNS = [
@@ -315,6 +327,7 @@ ALPACA_TURNS = [
     turns("反转\n甲乙", "乙甲"),
     turns("分类\n苹果", "水果"),
     turns("输入：一段话", "结果的输出：无"),
+    turns("把下面的数加一\n41", "42"),
     [*SYSTEM, *turns("一", "1", "二", "2", "三", "答")],
 ]
 
@@ -494,7 +507,10 @@ def test_moss(tmp_path):
         (turns("问", "答", "再问", " "), turns("问", "答"), "empty answer"),
         (turns("问", "答", "", "答"), turns("问", "答"), "empty question"),
         (turns("问", None), [], "empty answer"),
-        (turns("问", 7), [], "empty answer"),
+        (turns(41, 0), turns("41", "0"), ""),
+        (turns("问", 0.5), turns("问", "0.5"), ""),
+        (turns("问", True), [], "empty answer"),
+        (turns("问", float("nan")), [], "empty answer"),
         (turns([{"type": "text", "text": "问"}], "答"), [], "empty question"),
         ([{"role": "user"}, *turns("问", "答")[1:]], [], "empty question"),
         ([{"content": "问"}], [], "a role other than system, user, assistant"),

@@ -25,6 +25,7 @@ from readers import INSTRUCTIONS, PREFERENCES, PRETRAINING, Corpus, Reader
 from readers.opening import plain_name, text_encoding
 
 SHARED = Path(os.environ.get("CRIA_SHARED_DATA", Path(__file__).resolve().parent.parent.parent / "shared" / "data"))
+REST = "the rest of a file that cannot be read (an unknown number of records)"
 TEXTS = ["春眠不觉晓\n", 'a"\\b', "\U0001f999", "x" * 50]
 
 
@@ -161,11 +162,22 @@ def test_encoding_by_the_first_bytes():
     text = "春眠不觉晓，处处闻啼鸟。夜来风雨声，花落知多少。"
     assert text_encoding(b"") == text_encoding(b"plain") == "utf-8"
     assert text_encoding(text.encode("utf-8-sig")) == "utf-8-sig"
+    assert text_encoding("a\ufffd\ufffdb".encode()) == "utf-8"  # valid, though these bytes are the 锟斤拷 of gb18030
     assert text_encoding(b"\xff\xfe\xfd" + text.encode("utf-8")) == "utf-8"  # neither
     for encoding in ("utf-8", "gb18030"):
         data = text.encode(encoding)
         for end in range(30, len(data) + 1):  # wherever the head ends, also inside a character
             assert text_encoding(data[:end]) == encoding
+        for at in range(len(data)):  # whichever byte is lost or wrong
+            assert text_encoding(data[:at] + data[at + 1 :]) == text_encoding(data[:at] + b"\xff" + data[at + 1 :]) == encoding
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "gb18030"])
+def test_one_bad_byte_costs_one_line(encoding, tmp_path):
+    lines = [f"第{number}行：春眠不觉晓\n" for number in range(100)]
+    data = "".join(lines).encode(encoding)
+    path = write(tmp_path / "x.txt", b"\xff" + data)
+    assert read("lines", path) == (lines[1:], [(f"not {encoding.upper()}", "1")])
 
 
 def test_gb18030(tmp_path):
@@ -237,7 +249,7 @@ def test_damaged_compressed_file(ending, tmp_path, monkeypatch):
     write(path, data[: len(data) // 2] + bytes(40) + data[len(data) // 2 + 40 :])
     if ending in (".gz", ".zst"):  # they notice only after lines of nonsense
         records, skipped = read("jsonl", path)
-        assert 0 < len(records) < 4000 and skipped[-1][0] == "the rest of a file that cannot be read"
+        assert 0 < len(records) < 4000 and skipped[-1][0] == REST
     else:
         with pytest.raises(UserError, match=r"x.jsonl(:\d+)?: damaged \(.+\); download the file again"):
             read("jsonl", path)
@@ -323,6 +335,28 @@ def test_folder_with_nothing_but_an_archive_to_unpack(tmp_path):
         read("jsonl", tmp_path)
     write(tmp_path / "x.json", '{"text": "a"}')
     assert read("jsonl", tmp_path) == (["a"], [])
+
+
+def test_archives_that_are_passed_over_are_named(tmp_path, capsys):
+    make_zip(tmp_path / "a.zip", **{"x.jsonl": '{"text": "a"}', "inner.zip": "", "notes.md": ""})
+    for name in ("b.rar", "c.7z", "d.tgz", "e.md"):
+        write(tmp_path / name, "x")
+    assert read("jsonl", tmp_path) == (["a"], [])
+    passed = f"{tmp_path}/a.zip!inner.zip, {tmp_path}/b.rar, {tmp_path}/c.7z and 1 more"
+    assert capsys.readouterr().out == f"passed over, as they have to be unpacked first: {passed}\n"
+    assert read("jsonl", tmp_path / "a.zip") == (["a"], [])
+    assert "a.zip!inner.zip\n" in capsys.readouterr().out
+
+
+def test_links_to_folders_are_followed_once(tmp_path):
+    for name in ("data/b/x.txt", "elsewhere/y.txt", "elsewhere/deep/z.txt"):
+        write(tmp_path / name, name)
+    (tmp_path / "data" / "a").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "data" / "c").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere" / "loop").symlink_to(tmp_path / "data")
+    corpus = Corpus.from_argument(f"txt={tmp_path / 'data'}", PRETRAINING)
+    found = [path.relative_to(tmp_path / "data").as_posix() for path in corpus.files]
+    assert found == ["a/deep/z.txt", "a/y.txt", "b/x.txt"] and corpus.identity()["files"] == 3
 
 
 def test_zstd_without_a_package(tmp_path, monkeypatch):
@@ -486,7 +520,7 @@ def test_a_damaged_file_is_left_out_from_there_on(tmp_path):
     corpus = Corpus.from_argument(f"jsonl={tmp_path / 'data'}", PRETRAINING)
     records = [record for _, record in corpus.records(on_skip=lambda *event: skipped.append(event))]
     assert records == ["a", "b", "a", "d"]
-    assert {reason for reason, _ in skipped} == {"the rest of a file that cannot be read"}
+    assert {reason for reason, _ in skipped} == {REST}
     for (_, where), words in zip(skipped, ("1.json:2: the JSON array is cut off", "not the layout of 'jsonl'", "4.json is binary")):
         assert words in where
     with pytest.raises(UserError, match=r"1.json:2: the JSON array is cut off"):
@@ -494,7 +528,9 @@ def test_a_damaged_file_is_left_out_from_there_on(tmp_path):
     (tmp_path / "data" / "0.json").unlink()
     (tmp_path / "data" / "1.json").unlink()
     (tmp_path / "data" / "2.json").unlink()
-    with pytest.raises(UserError, match=r"not the layout of 'jsonl'"):  # nothing was read before it: the mistake is the user's
+    assert read("jsonl", tmp_path / "data")[0] == ["d"]  # a bad file may just as well be the first
+    (tmp_path / "data" / "5.json").unlink()
+    with pytest.raises(UserError, match=r"3.json:1: not the layout of 'jsonl'"):  # none is good: the mistake is the user's
         read("jsonl", tmp_path / "data")
 
 
@@ -524,7 +560,7 @@ BAD_FILES = {
     # name of the case: (reader, content, what the error says; {0} is the file)
     "binary": ("txt", b"abc\x00def", "{0} is binary (a zero byte at offset 3)"),
     "utf-16": ("txt", "春".encode("utf-16"), "{0} is UTF-16; convert it"),
-    "two encodings": ("txt", "第一行 ok\n".encode() + "春眠".encode("gb18030"), "{0}:2: not UTF-8 (byte 0xb4 at offset 13)"),
+    "two encodings": ("txt", "第一行字 ok\n".encode() + "春眠".encode("gb18030"), "{0}:2: not UTF-8 (byte 0xb4 at offset 16)"),
     "no line is UTF-8": ("lines", b"\xff\xff\n", "{0}:1: not UTF-8 (byte 0xff at 0 of the line)"),
     "two encodings in an array": ("jsonl", b'[\n{"text": "\xff"}]', "{0}:2: not UTF-8 (byte 0xff at offset 12)"),
     "cut inside a character": ("txt", "春".encode()[:2], "{0}:1: not UTF-8"),
@@ -533,12 +569,15 @@ BAD_FILES = {
     "array not JSON": ("jsonl", b'[{"text": "a"},\n{"text" "b"}]', "{0}:2: not valid JSON: Expecting ':' delimiter"),
     "array not JSON early": ("jsonl", b'[{"text": "a"},\n{text: 1},\n' + b" " * 99 + b"]", "{0}:2: not valid JSON"),
     "array without comma": ("jsonl", b'[{"text": "a"}\n{"text": "b"}]', "{0}:2: not valid JSON: expected ']' or a comma"),
+    "array nested too deeply": ("jsonl", b'[{"text": "a"},\n' + b"[" * 100_000, "{0}:2: not valid JSON: brackets nested too deeply"),
+    "array with a huge number": ("jsonl", b'[{"text": "a"},\n' + b"1" * 5000 + b"]", "{0}:2: not valid JSON: a number of thousands"),
     "array goes on": ("jsonl", b'[{"text": "a"}]\n{"text": "b"}', "{0}:1: text after the end of the JSON array"),
     "no line is JSON": ("jsonl", b"hi\nho\n", "{0}:1: not valid JSON: Expecting value at column 1"),
     "other fields": ("jsonl", b'{"title": "a", "content": "b"}\n',
                      "{0}:1: not the layout of 'jsonl': expected the fields text; found title, content"),
     "other fields in an array": ("jsonl", b'[\n\n{"title": "a"}]', "{0}:3: not the layout of 'jsonl'"),
     "other columns": ("csv", b"title,content\na,b\n", "{0}:2: not the layout of 'csv': expected the fields text; found title"),
+    "csv with CR alone": ("csv", b"text\ra\rb\r", "{0}:1: not valid CSV: a carriage return alone does not end a line"),
     "csv cut off": ("csv", b'text\na\n"b\nc', "{0}:3: the file is cut off inside a quoted cell"),
 }  # fmt: skip
 
