@@ -148,6 +148,7 @@ class ConversationEncoder(_LineEncoder):
         # The first question decides the split, so that another answer to it is not on the other side.
         question = next(message["content"] for message in messages if message["role"] == "user")
         texts = [message["content"] for message in messages]
+        refuse_half_characters("".join(texts))
         return Document("\n".join(texts), {"messages": messages}, (*sorted(changed), *filter(None, [problem])), question,
                         exact_key([messages[0]["role"], *texts]))  # fmt: skip
 
@@ -168,6 +169,7 @@ class PreferenceEncoder(_LineEncoder):
             raise LeftOut(problem)
         prompt = [message["content"] for message in pair["prompt"]]
         texts = [*prompt, pair["chosen"], pair["rejected"]]
+        refuse_half_characters("".join(texts))
         return Document("\n".join(texts), pair, (*sorted(changed), *filter(None, [problem])), "\n".join(prompt), exact_key(texts))
 
     @staticmethod
@@ -234,7 +236,6 @@ class Worker:
         for record, where in zip(chunk.records, chunk.places):
             try:
                 document = self.encoder.tidy(record)
-                refuse_half_characters(document.text)
             except LeftOut as reason:
                 text = record if isinstance(record, str) else json.dumps(record, ensure_ascii=False, default=str)
                 count(counts["dropped"], str(reason), where, text)

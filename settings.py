@@ -59,7 +59,7 @@ def parse_config(config_class, argv=None, *, description: str = "", prog: str | 
     parser.add_argument("--config", metavar="FILE", help="take settings from an args.json; flags given here win")
     hints = typing.get_type_hints(config_class)
     fields = {field.name: field for field in dataclasses.fields(config_class)}
-    for field in fields.values():
+    for field in sorted(fields.values(), key=lambda field: field.default is not dataclasses.MISSING):  # required ones first
         _add_flag(parser, field, hints[field.name])
 
     values, unknown = parser.parse_known_args(argv)
@@ -221,7 +221,7 @@ def _unwrap_optional(hint):
 def _add_flag(parser, field, hint):
     hint, _ = _unwrap_optional(hint)
     text = field.metadata.get("help", "").replace("%", "%%")
-    if field.default not in (dataclasses.MISSING, None, ""):
+    if field.default not in (dataclasses.MISSING, None, "", ()):
         shown = " ".join(map(str, field.default)) if isinstance(field.default, tuple) else field.default
         text += f" [{ {True: 'on', False: 'off'}.get(shown, shown) if isinstance(shown, bool) else shown}]"
     options = dict(default=_UNSET, help=text, choices=field.metadata.get("choices"))

@@ -105,7 +105,7 @@ def test_commands(capsys):
     assert "A tool." in (printed := capsys.readouterr().out) and "go    goes" in printed
     with pytest.raises(SystemExit) as status:
         command_line(None, None, ["run"], commands=commands)
-    assert status.value.code == 2 and "unknown command 'run'; there are go, stop" in capsys.readouterr().err
+    assert status.value.code == 2 and "unknown command 'run'; There are go, stop" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("content, message", [
