@@ -42,7 +42,7 @@ from tqdm import tqdm
 from checkpoint import resolve_model_dir
 from files import write_json
 from model import IGNORE, PRESETS, Llama, LlamaConfig, linear_cross_entropy
-from runtime import Machine, human, peak_rss
+from runtime import Machine, human
 from tables import markdown_table, print_table
 
 GIB = 2**30
@@ -338,7 +338,7 @@ def data_worker(config: DataConfig, side: str) -> dict:
         report = json.loads(Path(folder, "data", "report.json").read_text(encoding="utf-8"))
     size = sum(source["input_bytes"] for source in report["sources"])
     return {"seconds": float(done.stdout.splitlines()[-1]), "bytes": size, "tokens": report["splits"]["train"]["tokens"],
-            "peak_memory": peak_rss(children=True), "device": "", "versions": ""}  # fmt: skip
+            "device": "", "versions": ""}  # fmt: skip
 
 
 def bare_worker(config: DataConfig, processes: int) -> dict:
@@ -359,7 +359,7 @@ def bare_worker(config: DataConfig, processes: int) -> dict:
         tokens = sum(pool.map(_bare_loop, parts))
         seconds = time.perf_counter() - start
     return {"seconds": seconds, "bytes": sum(os.path.getsize(path) for path in config.input), "tokens": tokens,
-            "peak_memory": peak_rss(), "device": "", "versions": ""}  # fmt: skip
+            "device": "", "versions": ""}  # fmt: skip
 
 
 def _bare_start(model: str) -> None:
@@ -509,10 +509,9 @@ def data(config: DataConfig) -> dict:
         seconds = middle(results, "seconds")
         megabytes, tokens = results[0]["bytes"] / 1e6, results[0]["tokens"]
         summary[side] = {"mb_per_s": megabytes / seconds, "tokens_per_s": tokens / seconds, "tokens": tokens}
-        rows.append((side, f"{seconds:.2f}", spread(results), f"{megabytes / seconds:.2f}", human(tokens / seconds),
-                     f"{middle(results, 'peak_memory') / GIB:.2f}"))  # fmt: skip
+        rows.append((side, f"{seconds:.2f}", spread(results), f"{megabytes / seconds:.2f}", human(tokens / seconds)))
     title = f"{megabytes:,.1f} MB of text to {tokens:,} tokens, tokenizer {config.tokenizer}"
-    header = ("side", "seconds", "spread", "MB/s", "tokens/s", "peak GiB of a process")
+    header = ("side", "seconds", "spread", "MB/s", "tokens/s")
     if len(config.sides) > 1:
         first = config.sides[0]
         header = (*header, f"speed / {first}")

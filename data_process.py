@@ -21,6 +21,7 @@ from __future__ import annotations
 
 from settings import UserError, command_line, flag, read_json, too_small
 
+import dataclasses
 import filecmp
 import functools
 import json
@@ -175,7 +176,8 @@ def prepare(config: DataConfig) -> dict:
         questions = Questions.from_folder(config.decontaminate) if config.decontaminate else None
         tokenizer = None
         if config.kind == "pretrain":
-            tokenizer = load_tokenizer(config.tokenizer or own_tokenizer(corpora, config))
+            config = dataclasses.replace(config, tokenizer=config.tokenizer or own_tokenizer(corpora, config))
+            tokenizer = load_tokenizer(config.tokenizer)
         settings = run_settings(config, corpora, questions, tokenizer)
         if config.shard is None and finished(config.out, settings, FORMATS[config.kind]):
             print_next(config.kind, config.out)
@@ -239,17 +241,17 @@ def fill(spool: Spool, config: DataConfig, corpora: list[Corpus], questions: Que
         print(f"going on in {spool.folder} after {spool.chunks:,} chunks")
     if questions:
         questions.save(spool.folder / "questions.npz")
-    if tokenizer:
-        tokenizer.save(spool.folder / "tokenizer")
     recipe = Recipe(
         config.kind, tuple(corpus.weight for corpus in corpora), config.seed, config.cleaner(),
-        tokenizer=spool.folder / "tokenizer" if tokenizer else None,
+        tokenizer=config.tokenizer if tokenizer else None,
         minhash={"permutations": config.dedup_permutations} if config.dedup == "minhash" else None,
         questions=spool.folder / "questions.npz" if questions else None, questions_share=config.decontaminate_share)  # fmt: skip
     part, parts = config.part
     with progress_bar("reading", size) as bar:
         work = (chunk for chunk in chunks(corpora, bar.update, spool.end, config.limit) if chunk.index % parts == part)
         with results(work, recipe, tokenizer, workers) as made:
+            if tokenizer:
+                tokenizer.save(spool.folder / "tokenizer")
             for result in made:
                 spool.append(result)
     spool.complete = True

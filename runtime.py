@@ -207,13 +207,13 @@ def pick_dtype(wanted: str, device: str) -> torch.dtype:
     return torch.bfloat16 if has_bf16 else torch.float32
 
 
-def peak_rss(children: bool = False) -> int:
-    """The most memory this process ever held, in bytes; with `children`, the largest of its ended children did."""
+def peak_rss() -> int:
+    """The most memory this process ever held, in bytes."""
     try:
         import resource
     except ImportError:  # Windows
         return 0
-    peak = resource.getrusage(resource.RUSAGE_CHILDREN if children else resource.RUSAGE_SELF).ru_maxrss
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 
 
