@@ -512,13 +512,11 @@ def data(config: DataConfig) -> dict:
         rows.append((side, f"{seconds:.2f}", spread(results), f"{megabytes / seconds:.2f}", human(tokens / seconds)))
     title = f"{megabytes:,.1f} MB of text to {tokens:,} tokens, tokenizer {config.tokenizer}"
     header = ("side", "seconds", "spread", "MB/s", "tokens/s")
-    if len(config.sides) > 1:
-        first = config.sides[0]
-        header = (*header, f"speed / {first}")
-        base = summary[first]["mb_per_s"]
-        for side, row in zip(runs, rows):
-            summary[side]["relative"] = summary[side]["mb_per_s"] / base
-            rows[rows.index(row)] = (*row, f"{summary[side]['relative']:.2f}")
+    first = config.sides[0]
+    for number, (side, results) in enumerate(runs.items()):
+        summary[side]["relative"] = median(a / b for a, b in zip(each(runs[first], "seconds"), each(results, "seconds")))
+        rows[number] = (*rows[number], f"{summary[side]['relative']:.2f}")
+    header = (*header, f"speed / {first}, pair by pair")
     return report(config, title, header, rows, runs, summary)
 
 

@@ -26,6 +26,7 @@ import encoders
 import readers.source
 import spool
 from cleaning import Cleaner
+from data_look import LookConfig, look
 from data_process import PretrainConfig, SftConfig, TextbookConfig
 from dedup import digest
 from files import lock
@@ -579,6 +580,17 @@ def test_preferences(tmp_path):
     assert balanced(report) and report["sources"][0]["kept"] == 61 and meta_of(tmp_path / "out")["format"] == "cria-preferences-1"
     prompts = {split: {str(line["prompt"]) for line in part} for split, part in lines.items()}
     assert not prompts["train"] & prompts["val"]
+
+
+def test_look_shows_what_was_prepared(corpus_file, tokenizer_file, tmp_path, capsys):
+    prepare(corpus_file, tokenizer_file, tmp_path / "tokens", val_fraction=0.0)
+    talk = write_lines(tmp_path / "talk.jsonl", [{"messages": turns("春眠不觉晓？", "处处闻啼鸟。")}])
+    sft(f"messages={talk}", out=tmp_path / "sft", val_fraction=0.0)
+    capsys.readouterr()
+    assert look(LookConfig(data=tmp_path / "tokens", start=7, count=1)) == {"shown": 1}
+    assert texts(400)[7] in capsys.readouterr().out
+    look(LookConfig(data=tmp_path / "sft", tokenizer=tokenizer_file, template="baby"))
+    assert "春眠不觉晓？<s>⟦处处闻啼鸟。</s>⟧" in capsys.readouterr().out
 
 
 # ----------------------------------------------------------------------------------------------------------------------
