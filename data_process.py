@@ -89,7 +89,9 @@ class DataConfig:
                   if not 0 < (value := getattr(self, name)) <= 1]  # fmt: skip
         if self.dedup_permutations % BANDS:
             found.append(f"--dedup-permutations {self.dedup_permutations}: needs a multiple of {BANDS}, the number of bands")
-        found += [] if self.out.name else [f"--out {self.out}: name a new directory"]
+        found += [] if self.out.name not in ("", "..") else [f"--out {self.out}: name a new directory"]
+        found += [f"--without {rule} and --{name}: one or the other" for rule, name, asked in
+                  (("personal", "mask-pii", self.mask_pii), ("simplify", "simplify", self.simplify)) if asked and rule in self.without]
         for check in (lambda: self.part, lambda: Cleaner(**self.cleaner())):
             try:
                 check()
@@ -123,7 +125,8 @@ class DataConfig:
         return corpora, problems
 
     def cleaner(self) -> dict:
-        without = tuple(RULES) if "all" in self.without else self.without
+        asked = {"personal": self.mask_pii, "simplify": self.simplify}
+        without = tuple(rule for rule in RULES if not asked.get(rule)) if "all" in self.without else self.without
         return {"without": without, "mask_pii": self.mask_pii, "simplify": self.simplify}
 
 
@@ -184,6 +187,9 @@ def prepare(config: DataConfig) -> dict:
             return read_json(config.out / "report.json")
         folder = target if config.shard else target.with_name(target.name + ".partial")
         refuse_foreign_partial(folder)
+        if not folder.exists():
+            for corpus in corpora:  # a wrong layout of the last corpus is noticed now, not when all others are encoded
+                next(corpus.records(), None)
         spool = Spool(folder if config.shard else folder / "spool", settings, [str(corpus.path) for corpus in corpora])
         resumed = spool.chunks > 0
         try:
@@ -262,7 +268,8 @@ def fill(spool: Spool, config: DataConfig, corpora: list[Corpus], questions: Que
 def refuse_foreign_partial(partial: Path) -> None:
     """Raise UserError if OUT.partial, or a shard's folder, is there but none that this program left."""
     ours = (partial / "progress.json", partial / "spool" / "progress.json")
-    if partial.exists() and any(partial.iterdir()) and not any(path.is_file() for path in ours):
+    files = (path for path in partial.rglob("*") if path.is_file() and path.name != ".progress.json.partial")
+    if not any(path.is_file() for path in ours) and any(files):
         raise UserError(f"{partial} already exists and holds something else; choose another --out or remove it")
 
 
@@ -276,9 +283,15 @@ def print_next(kind: str, out: Path) -> None:
 def own_tokenizer(corpora: list[Corpus], config: PretrainConfig) -> Path:
     """The directory `tokenizer` beside OUT; where there is none, one is trained on the first TRAINING_BYTES of clean text."""
     folder = config.out.parent / "tokenizer"
-    if folder.exists():
-        print(f"tokenizer: {folder}, which is already there (--vocab-size is for a new one)")
-        return folder
+    with locked(folder.with_name(".tokenizer.lock"), f"another process is training {folder}; wait for it, then run the same again"):
+        if folder.exists():
+            print(f"tokenizer: {folder}, which is already there (--vocab-size is for a new one)")
+        else:
+            _train_tokenizer(folder, corpora, config)
+    return folder
+
+
+def _train_tokenizer(folder: Path, corpora: list[Corpus], config: PretrainConfig) -> None:
     print(f"no --tokenizer: training one of {config.vocab_size:,} tokens on this text, into {folder}")
     folder.parent.mkdir(parents=True, exist_ok=True)
     cleaner, size = Cleaner(**config.cleaner()), 0
@@ -299,7 +312,6 @@ def own_tokenizer(corpora: list[Corpus], config: PretrainConfig) -> Path:
             raise UserError(f"{', '.join(str(corpus.path) for corpus in corpora)}: no text to train a tokenizer on is left after "
                             "cleaning; give a --tokenizer to see in the report what became of each record")
         train([text], config.vocab_size, folder)
-    return folder
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -338,11 +350,11 @@ def merge(config: MergeConfig) -> dict:
             refuse_other_settings(partial, read_json(partial / "spool" / "progress.json")["settings"], settings)
             shutil.rmtree(partial)
         with Spool(partial / "spool", settings, [""] * len(settings["corpora"])) as spool:
+            if tokenizer:
+                copy_files(folders[0] / "tokenizer", partial / "spool" / "tokenizer")
             join_shards(folders, spool)
-        if tokenizer:
-            copy_files(folders[0] / "tokenizer", partial / "spool" / "tokenizer")
         report = finish(spool, partial, config.out, tokenizer, config.memory << 20)
-    print_report(report, config.out, time.perf_counter() - started, workers=1, resumed=False)
+    print_report(report, config.out, time.perf_counter() - started)
     print_next(kind, config.out)
     return report
 

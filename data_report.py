@@ -148,8 +148,11 @@ def bars(rows: list[tuple[str, int]]) -> list[str]:
 # The terminal
 
 
-def print_report(report: dict, out: Path, seconds: float, workers: int, resumed: bool) -> None:
-    """Print the tables, then every reason why records were left out or changed, with its first example."""
+def print_report(report: dict, out: Path, seconds: float, workers: int = 0, resumed: bool = False) -> None:
+    """Print the tables, then every reason why records were left out or changed, with its first example.
+
+    Without workers the input was not read in this run, but joined from shards.
+    """
     records, splits = _tables(report, width=48)
     for header, rows in (records, splits):
         print_table(header, rows, right=range(1, len(header)))
@@ -168,7 +171,8 @@ def print_report(report: dict, out: Path, seconds: float, workers: int, resumed:
         print()
     size = sum(source["input_bytes"] for source in report["sources"]) / 1e6
     speed = "; it went on with an earlier run" if resumed else f", {size / seconds:.1f} MB/s"
-    print(f"{size:,.1f} MB of input, {seconds:.1f} s with {workers} worker{'s' * (workers != 1)}{speed}")
+    how = f" with {workers} worker{'s' * (workers != 1)}{speed}" if workers else " to merge the shards"
+    print(f"{size:,.1f} MB of input, {seconds:.1f} s{how}")
     print(f"the full report: {out / 'report.md'}")
 
 
@@ -247,9 +251,11 @@ def _questions(report: dict) -> list[str]:
     questions = report["questions"]
     if not questions:
         return []
-    found = sum(source["dropped"].get("evaluation question", {"count": 0})["count"] for source in report["sources"])
-    return [f"{questions['count']:,} questions were looked for, and found in {found:,} records, which were dropped. "
-            f"{questions['unused']:,} more are too short or too common to be recognised."]  # fmt: skip
+    dropped, shortened = (sum(source[kind].get("evaluation question", {"count": 0})["count"] for source in report["sources"])
+                          for kind in ("dropped", "changed"))  # fmt: skip
+    return [f"{questions['count']:,} questions were looked for, and found in {dropped + shortened:,} records: {dropped:,} were "
+            f"dropped, {shortened:,} go on without the lines that held them. {questions['unused']:,} more are too short or too "
+            "common to be recognised."]  # fmt: skip
 
 
 def _histogram(lengths: dict) -> list[tuple[str, int]]:

@@ -108,7 +108,7 @@ def letters_of(texts: list[str]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     letters[np.cumsum([len(text) + 1 for text in texts[:-1]], dtype=np.int64) - 1] = BETWEEN
     kept, chinese = letters > 0, letters >= DENSE
     starts = kept.copy()
-    starts[1:] &= chinese[1:] | chinese[:-1] | ~kept[:-1]
+    starts[1:] &= chinese[1:] | chinese[:-1] | ~kept[:-1] | (letters[:-1] == BETWEEN)
     return letters[kept], np.flatnonzero(kept), np.flatnonzero(starts[kept])
 
 

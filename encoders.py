@@ -86,7 +86,7 @@ class TextEncoder:
         """The document without the lines that hold evaluation questions. Raises LeftOut if little else is in it."""
         if 2 * len(remaining) < len(document.text):
             raise LeftOut("evaluation question")
-        return Document(remaining, remaining, (*document.changed, "evaluation question"))
+        return cleaned_text(remaining, self.cleaner)
 
     def digests(self, documents: list[Document]) -> list[bytes]:
         return dedup.digests([document.text for document in documents])

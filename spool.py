@@ -122,20 +122,21 @@ class Spool:
         sizes = dict.fromkeys(self.names, 0)
         if (folder / "progress.json").is_file():
             saved = read_json(folder / "progress.json")
-            refuse_other_settings(folder, saved["settings"], settings)
+            home = folder.parent if folder.name == "spool" else folder
+            refuse_other_settings(home, saved["settings"], settings)
             self.chunks, self.end, self.complete = saved["chunks"], tuple(saved["end"]), saved["complete"]
             self.totals, sizes = saved["totals"], saved["sizes"]
         for total, path in zip(self.totals, paths):
             total["path"] = printable(path)
         folder.mkdir(parents=True, exist_ok=True)
+        if not (folder / "progress.json").is_file():  # first, because by it a later run knows that the folder is ours
+            self._write_progress(sizes)
         self.files = {}
         for name in self.names:
             self.files[name] = stream = open(folder / f"{name}.bin", "ab")  # noqa: SIM115 (closed in close)
             if stream.tell() < sizes[name]:
                 raise UserError(f"{stream.name} is shorter than progress.json says; remove {folder} and start again")
             stream.truncate(sizes[name])
-        if not self.chunks:
-            self.save()
 
     def __enter__(self) -> Spool:
         return self
@@ -160,7 +161,9 @@ class Spool:
         for stream in self.files.values():
             stream.flush()
             os.fsync(stream.fileno())
-        sizes = {name: stream.tell() for name, stream in self.files.items()}
+        self._write_progress({name: stream.tell() for name, stream in self.files.items()})
+
+    def _write_progress(self, sizes: dict[str, int]) -> None:
         write_json(self.folder / "progress.json", {
             "settings": self.settings, "chunks": self.chunks, "end": self.end, "complete": self.complete, "sizes": sizes,
             "totals": self.totals})  # fmt: skip

@@ -91,7 +91,8 @@ def corpus_file(tmp_path_factory) -> Path:
 @pytest.fixture
 def small_chunks(monkeypatch):
     """About 35 chunks of the 70 kB corpus, and progress saved after every third."""
-    monkeypatch.setattr(chunks, "CHUNK_CHARACTERS", 700)
+    for module in (chunks, data_process):
+        monkeypatch.setattr(module, "CHUNK_CHARACTERS", 700)
     monkeypatch.setattr(spool, "CHUNKS_PER_SAVE", 3)
     monkeypatch.setattr(data_process, "CHUNKS_PER_SAVE", 3)
 
@@ -235,9 +236,10 @@ def test_no_record_is_lost_without_being_counted(records, dedup, weight, limit, 
     assert repeats <= {1: {1}, 0.5: {1}, 2: {2}, 2.5: {2, 3}}[weight]
 
 
-def test_same_bytes_for_any_number_of_workers(corpus_file, tokenizer_file, tmp_path, small_chunks):
+def test_same_bytes_for_any_number_of_workers(corpus_file, tokenizer_file, tmp_path, small_chunks, capsys):
     for workers in (1, 2):
         prepare(corpus_file, tokenizer_file, tmp_path / f"{workers}", workers=workers)
+        assert f"s with {workers} worker" in capsys.readouterr().out
     one, two = files_of(tmp_path / "1"), files_of(tmp_path / "2")
     assert set(one) >= {"train.bin", "val.bin", "meta.json", "report.json", "report.md", "tokenizer.model"}
     assert one == two
@@ -366,7 +368,8 @@ import sys, time
 sys.path.insert(0, {repository!r})
 import chunks, data_process, spool
 from settings import command_line
-chunks.CHUNK_CHARACTERS, spool.CHUNKS_PER_SAVE = 700, 2
+chunks.CHUNK_CHARACTERS = data_process.CHUNK_CHARACTERS = 700
+spool.CHUNKS_PER_SAVE = 2
 append = spool.Spool.append
 def slow(self, *arguments):
     time.sleep(0.02)
@@ -428,7 +431,8 @@ MORTAL_RUN = """
 import os, shutil, signal, sys
 sys.path.insert(0, {repository!r})
 import chunks, data_process, selection, spool
-chunks.CHUNK_CHARACTERS, spool.CHUNKS_PER_SAVE, data_process.CHUNKS_PER_SAVE = 700, 2, 2
+chunks.CHUNK_CHARACTERS = data_process.CHUNK_CHARACTERS = 700
+spool.CHUNKS_PER_SAVE = data_process.CHUNKS_PER_SAVE = 2
 left = int(sys.argv[1])
 def mortal(function):
     def call(*arguments, **named):
@@ -451,7 +455,7 @@ data_process.command_line(None, None, sys.argv[2:], commands=data_process.COMMAN
 def test_killed_at_ten_random_moments_gives_the_same_bytes(corpus_file, tokenizer_file, tmp_path, small_chunks):
     """The process kills itself at a random one of the calls that write: in the spool, while selecting, at the last rename."""
     (tmp_path / "mortal.py").write_text(MORTAL_RUN.format(repository=str(REPOSITORY)), encoding="utf-8")
-    rng, kills = random.Random(11), 0
+    rng, kills, early = random.Random(11), 0, [1, 2, 3]  # the first three calls, and then any
 
     def words(out: Path) -> list[str]:
         return ["pretrain", "--corpus", f"jsonl={corpus_file}", "--tokenizer", str(tokenizer_file), "--out", str(out),
@@ -461,7 +465,8 @@ def test_killed_at_ten_random_moments_gives_the_same_bytes(corpus_file, tokenize
     while kills < 10:
         shutil.rmtree(tmp_path / "killed", ignore_errors=True)
         for _ in range(20):
-            done = subprocess.run([sys.executable, str(tmp_path / "mortal.py"), str(rng.randrange(1, 220)), *words(tmp_path / "killed")],
+            left = str(early.pop() if early else rng.randrange(1, 220))
+            done = subprocess.run([sys.executable, str(tmp_path / "mortal.py"), left, *words(tmp_path / "killed")],
                                   capture_output=True, text=True, timeout=60)  # fmt: skip
             if done.returncode == 0:
                 break
@@ -711,6 +716,22 @@ def test_mistakes_that_are_named_before_anything_is_read(settings, message, corp
     corpus = tuple(argument.format(corpus=corpus_file) for argument in settings.get("corpus", ("jsonl={corpus}",)))
     config = PretrainConfig(**{"out": tmp_path / "out", **settings, "corpus": corpus})
     assert message in "; ".join(config.problems())
+
+
+def test_masking_stays_on_when_all_rules_go(tmp_path):
+    path = write_lines(tmp_path / "x.jsonl", [{"instruction": "打13812345678。。", "output": "好"}])
+    sft(f"alpaca={path}", out=tmp_path / "out", val_fraction=0.0, without=("all",), mask_pii=True)
+    assert lines_of(tmp_path / "out", "train")[0]["messages"][0]["content"] == "打<手机号>。。"
+    config = SftConfig(dataset=(f"alpaca={path}",), out=tmp_path / "no", without=("personal",), mask_pii=True)
+    assert "--without personal and --mask-pii: one or the other" in config.problems()
+
+
+def test_a_wrong_corpus_is_noticed_before_the_others_are_encoded(corpus_file, tokenizer_file, tmp_path, monkeypatch):
+    wrong = write_lines(tmp_path / "wrong.jsonl", [{"title": "x"}])
+    monkeypatch.setattr(spool.Spool, "append", lambda *arguments: pytest.fail("encoded something"))
+    config = PretrainConfig(corpus=(f"jsonl={corpus_file}", f"jsonl={wrong}"), tokenizer=tokenizer_file, out=tmp_path / "out", workers=1)
+    with pytest.raises(UserError, match="not the layout of 'jsonl'"):
+        data_process.prepare(config)
 
 
 def test_the_output_within_the_input_is_refused(tmp_path):

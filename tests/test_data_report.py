@@ -128,7 +128,7 @@ def test_the_markdown():
         f"64 – 127  {'█' * 20}{' ' * 20}   8   32.00%\n128 –     ██▌{' ' * 37}   1    4.00%\n```"
     )
     assert section(text, "Questions of the evaluation set") == (
-        "1,540 questions were looked for, and found in 1 records, which were dropped. "
+        "1,540 questions were looked for, and found in 1 records: 1 were dropped, 0 go on without the lines that held them. "
         "55 more are too short or too common to be recognised."
     )
     assert section(text, "Settings") == '```json\n{\n  "val_fraction": 0.1,\n  "sha256": "' + "a" * 99 + '…"\n}\n```'

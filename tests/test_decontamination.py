@@ -150,12 +150,13 @@ def test_share_of_the_grams(questions):
 
 def test_many_texts_at_once_and_borders(questions):
     cut = len(BRIDGE) // 2
-    texts = [page(SHOPS), "", BRIDGE[:cut], BRIDGE[cut:], "a\0b" + page(RIVER), page(), page(SLEEPERS, BRIDGE)]
+    texts = [page(SHOPS), "", BRIDGE[:cut], BRIDGE[cut:], "a\0b" + page(RIVER), page(), page(SLEEPERS, BRIDGE), RIVER, SHOPS]
     found = questions.find_all(texts)
     assert found == [questions.find_all([text])[0] for text in texts]
     assert [finding and finding.where.rpartition("/")[2] for finding in found] == [
-        "test.jsonl:1", None, None, None, "rivers_test.csv:1", None, "bridges_val.csv:2"
+        "test.jsonl:1", None, None, None, "rivers_test.csv:1", None, "bridges_val.csv:2", "rivers_test.csv:1", "test.jsonl:1",
     ]  # fmt: skip
+    assert found[-1].share == found[-2].share == 1.0  # also where the text begins with the question
     for start in range(BLOCK - 60, BLOCK + 10, 7):  # over the border of two blocks
         assert find(questions, page("", length=start // 2)[:start] + BRIDGE)[1] == 1.0
     assert questions.find_all([]) == []
