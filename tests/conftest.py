@@ -9,12 +9,16 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("MPLBACKEND", "Agg")
 
+import hypothesis
 import pytest
 import torch
 from examinees_at_hand import exam_dir, examinee, model_dir, theirs, tokenizer  # noqa: F401  fixtures
 from tokenizers_at_hand import any_tokenizer, llama3_dir, ours, ours_dir, poem, spaceless_dir, transformers  # noqa: F401
 
 torch.set_num_threads(1)
+# The same examples every time, however slow the machine: a failure is then about the change that is tested.
+hypothesis.settings.register_profile("same", derandomize=True, deadline=None)
+hypothesis.settings.load_profile("same")
 
 
 @pytest.fixture(scope="session")
