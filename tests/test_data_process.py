@@ -385,6 +385,7 @@ def test_without_a_tokenizer_one_is_trained_beside_the_data(corpus_file, tmp_pat
     report = data_process.prepare(config)
     assert len(load_tokenizer(tmp_path / "tokenizer")) == meta_of(tmp_path / "data")["vocab_size"] == 400
     assert "no --tokenizer: training one" in capsys.readouterr().out
+    assert sorted(documents_of(tmp_path / "data", "train") + documents_of(tmp_path / "data", "val")) == sorted(texts(400))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["data", "tokenizer"]
     assert data_process.prepare(config) == report
     assert "which is already there" in capsys.readouterr().out
