@@ -42,7 +42,8 @@ from tqdm import tqdm
 from checkpoint import resolve_model_dir
 from files import write_json
 from model import IGNORE, PRESETS, Llama, LlamaConfig, linear_cross_entropy
-from runtime import Machine, human
+from progress import human
+from runtime import Machine
 from tables import markdown_table, print_table
 
 GIB = 2**30

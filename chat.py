@@ -27,8 +27,9 @@ import torch
 
 from chat_template import TEMPLATES
 from checkpoint import load_model, open_model_dir
+from devices import DTYPE_NAMES, pick_device, pick_dtype
 from model import Llama
-from runtime import DTYPE_NAMES, human, pick_device, pick_dtype
+from progress import human
 from tokenizer import Tokenizer
 
 # What --NAME and /set NAME accept: kind, test, and the same in words.

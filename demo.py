@@ -20,7 +20,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from runtime import duration, read_metrics
+from progress import duration, read_metrics
 from tables import print_table
 
 QUESTIONS = ("法国的首都是哪里？", "氧的元素符号是什么？", "你是谁？")

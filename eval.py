@@ -35,11 +35,12 @@ import numpy as np
 import torch
 
 from checkpoint import load_model, open_model_dir
+from devices import DTYPE_NAMES, pick_device, pick_dtype
 from examinee import Examinee, Report
 from files import utf8_lines, write_json, write_text
 from model import IGNORE
 from multiple_choice import EXAM
-from runtime import DTYPE_NAMES, human, pick_device, pick_dtype
+from progress import human
 from tables import markdown_table, print_table
 from token_files import open_tokens
 from tokenizer import TEMPLATES, Tokenizer

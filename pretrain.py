@@ -38,19 +38,11 @@ from checkpoint import (
     start_run,
     weights_identity,
 )
+from devices import DTYPE_NAMES
 from files import file_sha256
 from model import PRESETS, Llama, LlamaConfig
-from runtime import (
-    DTYPE_NAMES,
-    Machine,
-    MachineConfig,
-    Metrics,
-    Progress,
-    count_skipped,
-    human,
-    plot_loss,
-    read_metrics,
-)
+from progress import Metrics, Progress, count_skipped, human, plot_loss, read_metrics
+from runtime import Machine, MachineConfig
 from token_files import Tokens, open_tokens
 from tokenizer import Tokenizer, load_tokenizer
 

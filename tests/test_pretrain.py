@@ -21,7 +21,7 @@ import pretrain
 from checkpoint import load_model, save_model
 from model import Llama, LlamaConfig
 from pretrain import Batches, Config, document_ids, learning_rate, main, shuffled
-from runtime import read_metrics
+from progress import read_metrics
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 

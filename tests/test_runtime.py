@@ -11,19 +11,9 @@ import signal
 import pytest
 import torch
 
-import runtime
-from runtime import (
-    Machine,
-    MachineConfig,
-    Metrics,
-    count_skipped,
-    duration,
-    human,
-    pick_device,
-    pick_dtype,
-    plot_loss,
-    read_metrics,
-)
+from devices import peak_rss, pick_device, pick_dtype
+from progress import Metrics, count_skipped, duration, human, plot_loss, read_metrics
+from runtime import Machine, MachineConfig
 
 
 def test_devices_and_dtypes(monkeypatch):
@@ -106,4 +96,4 @@ def test_out_of_memory_names_the_flags(monkeypatch):
     with pytest.raises(UserError, match=r"7\.0 GiB of 8\.0 GiB were allocated; lower --micro-batch"), \
             machine.explain_out_of_memory("lower --micro-batch"):  # fmt: skip
         raise torch.OutOfMemoryError
-    assert runtime.peak_rss() > 10**7
+    assert peak_rss() > 10**7

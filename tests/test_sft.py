@@ -18,7 +18,8 @@ from tokenizers_at_hand import poem
 import sft
 from checkpoint import load_model, save_model
 from model import IGNORE, Llama, LlamaConfig
-from runtime import Machine, MachineConfig, read_metrics
+from progress import read_metrics
+from runtime import Machine, MachineConfig
 from sft import Batches, Config, Conversations, main, pack, truncate
 from tokenizer import load_tokenizer
 

@@ -1,0 +1,142 @@
+"""What a run shows and leaves behind for people: metrics.jsonl, the log lines, loss.png."""
+
+from __future__ import annotations
+
+from settings import UserError
+
+import contextlib
+import json
+import time
+from pathlib import Path
+
+from torch import Tensor
+from tqdm import tqdm
+
+from files import write_text
+from runtime import Machine
+
+
+class Metrics:
+    """metrics.jsonl: one JSON object per line with step, tokens, loss …
+
+    `from_step` cuts a longer file back on resume: what follows is measured again, the evaluation of that step included.
+    """
+
+    def __init__(self, machine: Machine, path: Path, from_step: int = 0):
+        self.machine, self.path, self.last = machine, Path(path), {}
+        if not machine.main:
+            return
+        kept = [line for line in read_metrics(self.path) if (line["step"], "val_loss" in line) <= (from_step, False)]
+        write_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))
+
+    def write(self, **values) -> None:
+        values = {k: float(f"{v:.8g}") if isinstance(v, float) else v for k, v in values.items() if v is not None}
+        self.last.update(values)
+        if self.machine.main:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(values) + "\n")
+
+
+class Progress:
+    """The lines people watch: loss, speed, MFU, memory and time left; the same numbers go to metrics.jsonl.
+
+    Time spent in `paused()` (saving, evaluating) does not count as training time.
+    """
+
+    def __init__(self, machine: Machine, metrics: Metrics, *, steps: int, first: int, flops_per_token: int):
+        self.machine, self.metrics, self.steps = machine, metrics, steps
+        self.flops_per_token = flops_per_token
+        self.clock, self.tokens, self.since = time.perf_counter(), 0, first
+        self.bar = tqdm(total=steps, initial=first, unit="step", disable=None if machine.main else True, dynamic_ncols=True)
+
+    @contextlib.contextmanager
+    def paused(self):
+        start = time.perf_counter()
+        yield
+        self.clock += time.perf_counter() - start
+
+    def step(self, tokens: int) -> None:
+        self.tokens += tokens
+        self.bar.update()
+
+    def log(self, step: int, *, tokens: int, loss: Tensor, lr: float, norm: Tensor) -> None:
+        """`tokens` read since the run began; `loss` is this rank's share of the step's loss. Call it on every rank."""
+        machine = self.machine
+        loss = machine.sum(loss).item() / machine.world
+        machine.synchronize()
+        now = time.perf_counter()
+        speed, pace = self.tokens / (now - self.clock), (now - self.clock) / (step - self.since)
+        peak, memory = machine.peak_flops(), machine.peak_memory()
+        mfu = speed * self.flops_per_token / (peak * machine.world) if peak else None
+        self.metrics.write(step=step, tokens=tokens, loss=loss, lr=lr, grad_norm=norm.item(), tokens_per_s=round(speed),
+                           mfu=mfu, memory=memory)  # fmt: skip
+        machine.print(f"{step:>{len(str(self.steps))}}/{self.steps}  loss {loss:7.4f}  lr {lr:.2e}  norm {norm.item():6.2f}  "
+                      f"{human(speed):>5} tokens/s" + (f"  MFU {mfu:.0%}" if mfu else "")
+                      + f"  {memory / 2**30:.2f} GiB  {duration((self.steps - step) * pace)} left")  # fmt: skip
+        self.clock, self.tokens, self.since = time.perf_counter(), 0, step
+
+
+def count_skipped(machine: Machine, state: dict, finite: bool, out: Path) -> None:
+    """Keep count of steps without a finite gradient, in a row. The tenth raises UserError."""
+    state["skipped"] = 0 if finite else state["skipped"] + 1
+    if not finite:
+        machine.print(f"step {state['step']:,}: loss or gradient is not finite: step skipped ({state['skipped']} in a row)")
+    if state["skipped"] == 10:
+        raise UserError("ten steps in a row had no finite gradient: lower --lr, or use --dtype bf16 or fp32; "
+                        f"the last good checkpoint is the newest step in {out}")
+
+
+def read_metrics(path) -> list[dict]:
+    """The lines of a metrics.jsonl; a last line cut short by a crash is left out."""
+    lines = []
+    if Path(path).exists():
+        for text in Path(path).read_text(encoding="utf-8").splitlines():
+            with contextlib.suppress(json.JSONDecodeError):
+                lines.append(json.loads(text))
+    return lines
+
+
+def plot_loss(metrics: Path, out: Path, title: str) -> None:
+    """Draw train and validation loss against tokens, and the learning rate, into a PNG."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    from matplotlib.ticker import EngFormatter
+
+    lines = read_metrics(metrics)
+    train = [(line["tokens"], line["loss"]) for line in lines if "loss" in line]
+    val = [(line["tokens"], line["val_loss"]) for line in lines if "val_loss" in line]
+    rate = [(line["tokens"], line["lr"]) for line in lines if "lr" in line]
+    figure, (top, bottom) = plt.subplots(2, 1, figsize=(8, 5.6), sharex=True, height_ratios=(4, 1), layout="constrained")
+    if train:
+        top.plot(*zip(*train), color="#4477aa", linewidth=1, label=f"train, last {train[-1][1]:.3f}")
+    if val:
+        top.plot(*zip(*val), color="#cc6677", marker="o", markersize=3.5, label=f"validation, last {val[-1][1]:.3f}")
+    if train or val:
+        top.legend(frameon=False)
+    top.set(ylabel="loss (nats per token)", title=title)
+    if rate:
+        bottom.plot(*zip(*rate), color="#777777", linewidth=1)
+    bottom.set(xlabel="tokens", ylabel="learning rate")
+    bottom.xaxis.set_major_formatter(EngFormatter(sep=""))
+    for axis in (top, bottom):
+        axis.grid(alpha=0.25)
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.savefig(out, dpi=110)
+    plt.close(figure)
+
+
+def human(number: float) -> str:
+    """1234567 -> '1.23M'."""
+    for limit, suffix in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if abs(number) >= limit:
+            return f"{number / limit:.3g}{suffix}"
+    return f"{number:.3g}" if isinstance(number, float) else str(number)
+
+
+def duration(seconds: float) -> str:
+    """3725 -> '1:02:05'."""
+    minutes, seconds = divmod(int(seconds + 0.5), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
