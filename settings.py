@@ -1,7 +1,8 @@
 """Settings and errors: what every command line in this repository shares.
 
     settings    one frozen dataclass per stage -> flags, --help, --config args.json, all mistakes named at once
-    errors      UserError -> one line on stderr and exit status 2; a bug keeps its traceback
+    errors      UserError -> one line on stderr and exit status 2, however many processes share the mistake;
+                a bug keeps its traceback
 
 Imports nothing heavy, so that `tokenizer.py show` and the workers of data_process.py start fast.
 """
@@ -12,10 +13,13 @@ import argparse
 import contextlib
 import dataclasses
 import difflib
+import errno
 import json
 import math
 import os
+import signal
 import sys
+import time
 import types
 import typing
 from pathlib import Path
@@ -27,6 +31,10 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 class UserError(Exception):
     """A mistake the user can mend. Shown as one line, `error: …`, with exit status 2 and no traceback."""
+
+
+class LostContact(UserError):
+    """The connection to another process of the run broke: mostly the consequence of an error that the other one reports."""
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -62,6 +70,9 @@ def parse_config(config_class, argv=None, *, description: str = "", prog: str | 
     for field in sorted(fields.values(), key=lambda field: field.default is not dataclasses.MISSING):  # required ones first
         _add_flag(parser, field, hints[field.name])
 
+    if "LOCAL_RANK" in os.environ:  # the deepspeed launcher says it once more, as a flag
+        parser.add_argument("--local-rank", help=argparse.SUPPRESS)
+
     values, unknown = parser.parse_known_args(argv)
     problems = parser.problems + [f"unknown flag {word}" for word in unknown if word.startswith("-")]
     if not problems:  # words after an unknown flag are its values
@@ -79,7 +90,7 @@ def parse_config(config_class, argv=None, *, description: str = "", prog: str | 
                 mistake = _misfit(value, hints[key], fields[key].metadata.get("choices"))
                 problems += [f"{values.config} sets {key} to {value!r}: {mistake}"] if mistake else []
                 settings |= {} if mistake else {key: value}
-    settings.update({key: value for key, value in vars(values).items() if key != "config" and value is not _UNSET})
+    settings.update({key: value for key, value in vars(values).items() if key in fields and value is not _UNSET})
     for name, field in fields.items():
         if name not in settings and field.default is dataclasses.MISSING:
             shown = name.upper() if field.metadata.get("positional") else _flag_name(name)
@@ -131,38 +142,121 @@ def command_line(main, config_class, argv=None, *, description: str = "", comman
         main(parse_config(config_class, argv, description=description, prog=prog))
 
 
+# ----------------------------------------------------------------------------------------------------------------------
+# Errors: one line per machine, though every process of torchrun meets the same mistake.
+#
+# What torchrun (torch 2.13) does, and the rules below rely on: it looks at its workers ten times a second; the first that
+# ended with a status other than 0 makes it send SIGTERM to the rest, and SIGKILL 30 s later; then it prints a report of
+# its own and exits 1. If it loses its store on another machine, it sends SIGTERM too. If it is itself killed, its workers
+# are left running. Each worker is told of a file for its error, whose text the report repeats; the files of one machine
+# and one attempt lie in one new directory: ATTEMPT/LOCAL_RANK/error.json.
+
+PATIENCE = 5.0  # seconds that a process waits for another one to speak first
+being_ended = False  # SIGTERM has come: set below while waiting, and by the signal handler of a stage
+
+
 @contextlib.contextmanager
 def clean_exit():
     """UserError -> `error: …` on stderr and exit 2. A full disk and a missing optional package count as such."""
     try:
         yield
+    except LostContact as error:
+        _fail(str(error), patience=PATIENCE)
     except UserError as error:
-        _complain(" ".join(str(error).split()))
-        sys.exit(2)
+        _fail(str(error))
     except BrokenPipeError:  # `… | head` closed our stdout
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
-    except (PermissionError, NotADirectoryError, IsADirectoryError) as error:
-        _complain(f"{error.filename}: {os.strerror(error.errno)}")
-        sys.exit(2)
-    except OSError as error:
-        import errno
-
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        where = f" while writing {error.filename}" if error.filename else ""
-        _complain(f"the disk is full{where}; free some space and run the same command again "
-                  "(what was complete before is intact)")
-        sys.exit(2)
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr, flush=True)
+        if _first_to_speak():
+            print("interrupted", file=sys.stderr, flush=True)
         sys.exit(130)
+    except Exception as error:
+        if isinstance(error, OSError) and (text := _explained(error)):
+            _fail(text)
+        _first_to_speak()  # this traceback tells more than the others can, who only lose contact
+        raise
 
 
-def _complain(text: str) -> None:
-    """One write for the whole line: several ranks of torchrun share this stderr, unbuffered, and print() writes twice."""
-    sys.stderr.write(f"error: {_rank_prefix()}{text}\n")
-    sys.stderr.flush()
+def _explained(error: OSError) -> str:
+    """What to tell the user of a refusal by the operating system, or '' if it looks like a bug of ours."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        where = f" while writing {error.filename}" if error.filename else ""
+        return f"the disk is full{where}; free some space and run the same command again (what was complete before is intact)"
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR):
+        return f"{error.filename}: {os.strerror(error.errno)}" if error.filename else os.strerror(error.errno)
+    return ""
+
+
+def _fail(text: str, patience: float = 0.0) -> None:
+    """End this process with status 2; one of the machine's processes says why.
+
+    `patience`: seconds to give the process that knows the cause. SIGTERM cuts it short.
+    """
+    text = " ".join(text.split())
+    if not _has_fellows():
+        print(f"error: {text}", file=sys.stderr, flush=True)
+        sys.exit(2)
+    if _attempt() is None and os.environ.get("LOCAL_RANK", "0") != "0":
+        patience += PATIENCE  # another launcher than torchrun: local rank 0 has most likely said the same
+    _wait_for_the_end(patience)
+    if _first_to_speak() if _attempt() else not (patience and being_ended):  # whoever ended it has had its say
+        line = f"[rank {os.environ['RANK']}] {text}"
+        sys.stderr.write(f"error: {line}\n")  # in one piece, which print() is not: all processes share this stderr
+        _tell_torchrun(line)
+    with contextlib.suppress(OSError):
+        sys.stdout.flush()
+        sys.stderr.flush()
+    os._exit(2)  # sys.exit would tidy up first, and a torn process group can block that for minutes
+
+
+def _has_fellows() -> bool:
+    return "RANK" in os.environ and os.environ.get("WORLD_SIZE", "1") != "1"
+
+
+def _attempt() -> Path | None:
+    """The directory that torchrun's workers of this machine share. None alone, and under another launcher."""
+    file = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    return Path(file).parent.parent if file and _has_fellows() else None
+
+
+def _wait_for_the_end(seconds: float) -> None:
+    """Wait until the launcher or the user ends this process, for so long at most."""
+    global being_ended
+
+    def end(number, frame):
+        global being_ended
+        being_ended = True
+
+    with contextlib.suppress(ValueError):  # only the main thread may set handlers
+        for name in ("SIGTERM", "SIGINT", "SIGHUP"):
+            if hasattr(signal, name):
+                signal.signal(getattr(signal, name), end)
+    until = time.monotonic() + seconds
+    while not being_ended and time.monotonic() < until:
+        time.sleep(0.05)
+
+
+def _first_to_speak() -> bool:
+    """True in the first process of this machine that asks, and in each where there is no telling."""
+    if _attempt() is None:
+        return True
+    try:
+        os.close(os.open(_attempt() / "spoken", os.O_CREAT | os.O_EXCL | os.O_WRONLY))
+        return True
+    except OSError as error:
+        return not isinstance(error, FileExistsError)
+
+
+def _tell_torchrun(line: str) -> None:
+    """Have torchrun repeat the line at the end of its report, in place of "To enable traceback see …"."""
+    details = {"py_callstack": line, "timestamp": str(int(time.time()))}
+    if _attempt() is not None:
+        with contextlib.suppress(OSError):
+            Path(os.environ["TORCHELASTIC_ERROR_FILE"]).write_text(json.dumps({"message": {"message": line, "extraInfo": details}}))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 
 
 def read_json(path) -> dict:
@@ -270,7 +364,3 @@ def _from_json(value, hint):
     if typing.get_origin(hint) is tuple:
         return tuple(value)
     return Path(value) if hint is Path else float(value) if hint is float and isinstance(value, int) else value
-
-
-def _rank_prefix() -> str:
-    return f"[rank {os.environ['RANK']}] " if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""

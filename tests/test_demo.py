@@ -42,7 +42,7 @@ def test_bare_torchrun_after_the_two_commands_that_it_names(tmp_path):
     missing = run(*torchrun)
     assert missing.returncode == 1
     messages = [line for line in missing.stderr.splitlines() if "error: [rank " in line]
-    assert [message.split("]")[0] for message in sorted(messages)] == ["error: [rank 0", "error: [rank 1"]  # a line each
+    assert len(messages) == 1  # two processes, one line
     message = messages[0]
     commands = [words for words in message.split("`") if words.startswith("python data_process.py")]
     assert len(commands) == 2
