@@ -27,7 +27,7 @@ import torch
 
 from chat_template import TEMPLATES
 from checkpoint import load_model, open_model_dir
-from devices import DTYPE_NAMES, pick_device, pick_dtype
+from devices import DTYPE_NAMES, KINDS, pick_device, pick_dtype
 from model import Llama
 from progress import human
 from tokenizer import Tokenizer
@@ -72,7 +72,7 @@ class Config:
     rope_scaling: str = flag("none", "read further than the model was trained",
                              choices=("none", "linear", "dynamic", "yarn"))  # fmt: skip
     rope_factor: float = flag(4.0, "how many times as far, with --rope-scaling")
-    device: str = flag("auto", "where to compute", choices=("auto", "cpu", "cuda", "mps"))
+    device: str = flag("auto", "where to compute", choices=("auto", *KINDS))
     dtype: str = flag("auto", "dtype of the weights and the arithmetic", choices=("auto", "bf16", "fp16", "fp32"))
 
     def problems(self) -> list[str]:

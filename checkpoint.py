@@ -1,26 +1,26 @@
-"""The disk: model directories in Hugging Face's layout, and training state that survives a crash.
+"""Tensors on disk: model directories in Hugging Face's layout, and training state that survives a crash.
 
     load_model, save_model      config.json + safetensors (one file or shards) + tokenizer: what transformers reads
-    open_run                    a run directory: fresh, to be resumed, finished, or somebody else's
     save_state, load_state      step-000200/: weights in fp32, optimizer, scaler, random numbers, position in the data
 
-A step directory is complete or absent: written beside, fsynced, renamed, with a manifest.json of sizes and sha256.
+A training state is written by all ranks together: tensor by tensor each is gathered whole, and every rank writes its share of
+the files, hashes them while the next are gathered, and none ever holds more than two files of a few gigabytes. The files do not
+show how many ranks there were or how they shared the model, so any other number, under any strategy, can go on.
 No file here can execute code when read: weights and state are safetensors and JSON, foreign .bin files are read with
 weights_only=True.
 """
 
 from __future__ import annotations
 
-from settings import UserError, config_to_dict, read_json
+from settings import UserError, read_json
 
 import hashlib
-import json
-import os
 import pickle
-import re
 import shutil
-import sys
 import zipfile
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -28,12 +28,16 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from files import file_sha256, fsync_directory, lock, write_json, written_beside
+from devices import random_state, set_random_state
+from files import write_json, written_beside
 from model import Llama, LlamaConfig
+from runs import STATE_FORMAT, begin_step, damage, finish_step, manifest_entries, newest_step, prune
 from tokenizer import Tokenizer, load_tokenizer
 
 SHARD_BYTES = 5 * 10**9  # Hugging Face's customary shard size
-STEP_NAME = re.compile(r"step-(\d{6,})$")
+SMALL_FILES = 20 * 10**6  # room for tokenizer, random states and descriptions beside the tensors
+ARCHITECTURE = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+                "head_dim", "tie_word_embeddings", "attention_bias", "mlp_bias")  # fmt: skip
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -48,6 +52,8 @@ def resolve_model_dir(path) -> Path:
     path = Path(path)
     if not path.exists():
         raise UserError(f"{path} does not exist; a model directory holds config.json and model.safetensors")
+    if (path / "manifest.json").exists() and (problem := damage(path, without=("optimizer", "random", "state"))):
+        raise UserError(f"{path} is damaged: {problem}; use another step of the run, or copy it again from where it is whole")
     if (path / "config.json").exists() and _weight_files(path):
         return path
     step = newest_step(path) if path.is_dir() else None
@@ -99,27 +105,34 @@ def load_model(path, device="cpu", dtype: torch.dtype | None = None, config: Lla
     config = config or LlamaConfig.from_json(directory)
     with torch.device("meta"):
         model = Llama(config)
-    wanted = dict(model.state_dict())
-    if config.tie_word_embeddings:
-        del wanted["lm_head.weight"]
-    state, problems = {}, []
+    state = {name: tensor.to(device=device, dtype=dtype or tensor.dtype) for name, tensor in model_tensors(directory, config)}
+    model.load_state_dict(state, strict=False, assign=True)
+    model.tie_weights()
+    return model.requires_grad_(True)
+
+
+def model_tensors(directory: Path, config: LlamaConfig) -> Iterator[tuple[str, Tensor]]:
+    """Yield (name, tensor) of every parameter of this architecture from a directory's weight files, one at a time.
+
+    Raises UserError, at the end, that names every missing, unknown or misshapen tensor.
+    """
+    with torch.device("meta"):
+        wanted = Llama(config).parameter_shapes()
+    problems, seen = [], set()
     for name, tensor in _tensors(directory):
         if name.endswith("rotary_emb.inv_freq") or (name == "lm_head.weight" and config.tie_word_embeddings):
             continue  # written by old tools; computed here
         if name not in wanted:
             problems.append(f"{name} is unknown")
-        elif tensor.shape != wanted[name].shape:
-            problems.append(f"{name} is {tuple(tensor.shape)} and config.json says {tuple(wanted[name].shape)}")
+        elif tensor.shape != wanted[name]:
+            problems.append(f"{name} is {tuple(tensor.shape)} and config.json says {tuple(wanted[name])}")
         else:
-            state[name] = tensor.to(device=device, dtype=dtype or tensor.dtype)
-    misshapen = {problem.partition(" ")[0] for problem in problems}
-    problems += [f"{name} is missing" for name in wanted if name not in state and name not in misshapen]
+            yield name, tensor
+        seen.add(name)
+    problems += [f"{name} is missing" for name in wanted if name not in seen]
     if problems:
         more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
         raise UserError(f"{directory} does not fit its config.json: {'; '.join(problems[:5])}{more}")
-    model.load_state_dict(state, strict=False, assign=True)
-    model.tie_weights()
-    return model.requires_grad_(True)
 
 
 def _tensors(directory: Path):
@@ -152,35 +165,97 @@ def weights_identity(directory: Path) -> str:
 
 
 def save_model(model: Llama, path, tokenizer: Tokenizer | None = None, *, dtype: torch.dtype | None = None,
-               template: str | None = None, shard_bytes: int = SHARD_BYTES) -> None:  # fmt: skip
+               template: str | None = None, shard_bytes: int = SHARD_BYTES, parallel=None) -> None:  # fmt: skip
     """Write a complete Hugging Face directory; each file is complete or absent, config.json comes last.
 
-    dtype None keeps the parameters' own. The tokenizer is written beside, with its chat template.
+    dtype None keeps the parameters' own. The tokenizer is written beside, with its chat template. `parallel` (parallel.py) of
+    a run whose ranks write together: then every rank calls this.
     """
-    path = Path(path)
-    path.mkdir(parents=True, exist_ok=True)
-    state = {name: tensor for name, tensor in model.state_dict().items()
-             if not (name == "lm_head.weight" and model.config.tie_word_embeddings)}  # fmt: skip
-    size = lambda t: t.numel() * torch.empty((), dtype=dtype or t.dtype).element_size()  # noqa: E731
-    shards: list[dict[str, Tensor]] = [{}]
-    for name, tensor in state.items():
-        if shards[-1] and sum(map(size, shards[-1].values())) + size(tensor) > shard_bytes:
-            shards.append({})
-        shards[-1][name] = tensor
-    names = ["model.safetensors"] if len(shards) == 1 else [
-        f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]  # fmt: skip
-    for name, shard in zip(names, shards):
-        with written_beside(path / name) as temporary:
-            save_file({key: t.detach().to("cpu", dtype or t.dtype).contiguous() for key, t in shard.items()},
-                      temporary, metadata={"format": "pt"})  # fmt: skip
-    if len(shards) > 1:
-        total = sum(map(size, state.values()))
-        weight_map = {key: name for name, shard in zip(names, shards) for key in shard}
+    path, machine = Path(path), parallel.machine if parallel else Alone
+    machine.on_main(lambda: path.mkdir(parents=True, exist_ok=True))
+    _write_tensors(path, _weights_plan(model, parallel, dtype, shard_bytes), machine)
+    machine.on_main(lambda: _write_descriptions(path, model, tokenizer, dtype, template, shard_bytes))
+
+
+class Alone:
+    """What a Machine is, as far as writing files goes, when there is no run."""
+
+    main, rank, world = True, 0, 1
+    gather = staticmethod(lambda value: [value])
+    on_main = staticmethod(lambda work: work())
+
+
+def _weights_plan(model: Llama, parallel, dtype: torch.dtype | None, shard_bytes: int) -> dict[str, list]:
+    own = dict(model.named_parameters())
+    read = parallel.read if parallel else own.get
+    return _plan("model", [(name, shape, dtype or own[name].dtype, partial(read, name))
+                           for name, shape in model.parameter_shapes().items()], shard_bytes)  # fmt: skip
+
+
+def _plan(stem: str, tensors: list[tuple], shard_bytes: int) -> dict[str, list]:
+    """Which tensors (key, shape, dtype, function that gives it whole) share a file: {file name: tensors}."""
+    shards, room = [[]], shard_bytes
+    for entry in tensors:
+        size = _bytes(entry)
+        if shards[-1] and size > room:
+            shards, room = [*shards, []], shard_bytes
+        shards[-1].append(entry)
+        room -= size
+    if len(shards) == 1:
+        return {f"{stem}.safetensors": shards[0]}
+    return {f"{stem}-{i:05d}-of-{len(shards):05d}.safetensors": shard for i, shard in enumerate(shards, 1)}
+
+
+def _bytes(entry: tuple) -> int:
+    _, shape, dtype, _ = entry
+    return shape.numel() * dtype.itemsize
+
+
+def _write_tensors(directory: Path, plan: dict[str, list], machine) -> dict[str, dict]:
+    """Write the files of a plan; returns their manifest entries on every rank. All ranks call it.
+
+    The ranks own the files in turn. All take part in gathering every tensor; a file's owner keeps it, and writes and hashes
+    while the next file is being gathered. What goes wrong on one rank is raised on all.
+    """
+    mine: list[str] = []
+    problem: BaseException | None = None
+    with ThreadPoolExecutor(1) as writer:
+        writing = None
+        for number, (name, entries) in enumerate(plan.items()):
+            own, tensors = number % machine.world == machine.rank and problem is None, {}
+            for key, _, dtype, read in entries:
+                tensor = read()
+                if own:
+                    tensors[key] = tensor.detach().to("cpu", dtype).contiguous()
+            if own:
+                problem = writing and writing.exception()
+                writing = writer.submit(_write_file, directory / name, tensors)
+                mine.append(name)
+        problem = problem or (writing and writing.exception())
+        entries = {} if problem else manifest_entries(directory, mine)
+    reports = machine.gather((entries, problem))
+    for _, other in reports:
+        if other is not None:
+            raise other
+    return {name: entry for entries, _ in reports for name, entry in entries.items()}
+
+
+def _write_file(path: Path, tensors: dict[str, Tensor]) -> None:
+    with written_beside(path) as temporary:
+        save_file(tensors, temporary, metadata={"format": "pt"})
+
+
+def _write_descriptions(path: Path, model: Llama, tokenizer: Tokenizer | None, dtype, template, shard_bytes) -> None:
+    """All of a model directory but the weights."""
+    plan = _weights_plan(model, None, dtype, shard_bytes)
+    if len(plan) > 1:
+        total = sum(_bytes(entry) for entries in plan.values() for entry in entries)
+        weight_map = {entry[0]: name for name, entries in plan.items() for entry in entries}
         write_json(path / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map})
     if tokenizer is not None:
         tokenizer.save(path, template=template)
     config = model.config.to_dict()
-    config["torch_dtype"] = str(dtype or next(iter(state.values())).dtype).removeprefix("torch.")
+    config["torch_dtype"] = str(dtype or next(model.parameters()).dtype).removeprefix("torch.")
     generation = {"bos_token_id": config["bos_token_id"], "eos_token_id": config["eos_token_id"]}
     if tokenizer is not None:
         stops = tokenizer.stop_ids(template) if template or tokenizer.template else [tokenizer.eos_id]
@@ -190,175 +265,81 @@ def save_model(model: Llama, path, tokenizer: Tokenizer | None = None, *, dtype:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Runs
+# Training state
 
 
-def open_run(out: Path, config, *, resume: str, harmless: set[str], identity: dict) -> Path | None:
-    """Decide what a stage does with its output directory. Call it on every rank; it writes nothing.
+def save_state(out: Path, *, parallel, tokenizer: Tokenizer, state: dict, template: str | None = None, keep: int = 2,
+               needed: bool = False) -> Path | None:  # fmt: skip
+    """Write out/step-NNNNNN: a model directory in fp32 plus all that decides the next step. All ranks call it.
 
-    Returns the step directory to go on from, or None for a fresh start. Raises `Finished` when the run is complete.
-    Raises UserError when the directory holds something else, or the same run with other settings (those in `harmless`
-    cannot change the result); `identity` is what the run's input was (data, tokenizer, first weights).
+    `state` is the stage's own (JSON), with its "step". The newest `keep` steps stay, and the best one. Where the disk has no
+    room for it, nothing is begun: UserError if the save is `needed`, else a notice and None, because training can go on.
     """
-    out = Path(out)
-    named = None
-    if resume not in ("auto", "never"):
-        named = Path(resume) if STEP_NAME.search(Path(resume).name) else newest_step(Path(resume))
-        if named is None or not is_intact(named):
-            raise UserError(f"--resume {resume}: no intact step there (auto, never, a run or one of its steps)")
-    parent = next(path for path in (out, *out.absolute().parents) if path.exists())
-    if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise UserError(f"--out {out}: {parent} is {'not writable' if parent.is_dir() else 'not a directory'}")
-    newest = newest_step(out) if out.is_dir() else None
-    if named and (newest is None or named.resolve() != newest.resolve()):  # a branch of another run: its settings may differ
-        if out.exists() and any(out.iterdir()):
-            raise UserError(f"--out {out} already holds something: to go on from {named}, choose another directory")
-        return named
-    if not out.is_dir() or not set(os.listdir(out)) - {".lock"}:
+    out, machine, step = Path(out), parallel.machine, state["step"]
+    shapes = parallel.model.parameter_shapes()
+    optimizer = [(f"{name}:{key}", torch.Size() if key == "step" else shape, torch.float32, partial(parallel.read, name, key))
+                 for name, shape in shapes.items() for key in parallel.state_keys()]  # fmt: skip
+    plan = _weights_plan(parallel.model, parallel, torch.float32, SHARD_BYTES) | _plan("optimizer", optimizer, SHARD_BYTES)
+    size = sum(_bytes(entry) for entries in plan.values() for entry in entries) + SMALL_FILES
+    free = machine.on_main(lambda: shutil.disk_usage(out).free)
+    if free < size:
+        text = (f"--out {out} has {free / 1e9:,.2f} GB free and a checkpoint takes {size / 1e9:,.2f} GB: step {step:,} is not saved; "
+                "free some space")  # fmt: skip
+        if needed:
+            raise UserError(f"{text}. The newest checkpoint is {newest_step(out) or 'missing'}")
+        machine.print(f"notice: {text}; training goes on")
         return None
-    if not (out / "args.json").exists():
-        raise UserError(f"--out {out} holds something that is not a run of ours; choose another directory")
-    if resume == "never":
-        raise UserError(f"--out {out} already holds a run; choose another directory, delete it, or leave out --resume never")
-    if not steps(out) and not (out / "config.json").exists():
-        return None  # it ended before there was anything to keep
-    stored = read_json(out / "args.json")
-    before, now = stored.pop("run", {}).get("identity", {}), config_to_dict(config)
-    different = [f"--{key.replace('_', '-')} was {stored.get(key)} and is {value}" for key, value in now.items()
-                 if key not in harmless and stored.get(key) != _as_json(value)]  # fmt: skip
-    different += [f"{key} has changed" for key, value in identity.items() if before.get(key) != value]
-    if different:
-        raise UserError(f"--out {out} holds a run with other settings: {'; '.join(different)}. "
-                        "Choose another --out, or the same settings to go on")
-    if (out / "config.json").exists():
-        raise Finished(out)
-    return newest
-
-
-class Finished(Exception):
-    """The run in this directory is complete: nothing is left to do."""
-
-
-def _as_json(value):
-    return json.loads(json.dumps(value))
-
-
-def lock_run(out: Path):
-    """Reserve the run for this process: the lock is the returned open file, and ends with it. UserError if it is taken."""
-    return lock(out / ".lock", f"another process is training in --out {out}; wait for it, or choose another directory")
-
-
-def start_run(out: Path, config, identity: dict, facts: dict) -> None:
-    """Create the run directory with args.json: the settings, and under "run" what they met (never read as settings)."""
-    out.mkdir(parents=True, exist_ok=True)
-    write_json(out / "args.json", {**config_to_dict(config), "run": {"identity": identity, **facts}})
-
-
-def steps(out: Path) -> list[Path]:
-    """The step directories of a run, oldest first."""
-    return sorted((p for p in Path(out).glob("step-*") if STEP_NAME.search(p.name)), key=lambda p: int(p.name[5:]))
-
-
-def newest_step(out: Path) -> Path | None:
-    """The newest step whose files are all there and unchanged; a broken one is named on stderr and passed over."""
-    for step in reversed(steps(out)):
-        if is_intact(step):
-            return step
-        print(f"warning: {step} is incomplete or damaged; using the one before it", file=sys.stderr)
-    return None
-
-
-def is_intact(step: Path) -> bool:
+    random_states = machine.gather(random_state(machine.device))
+    scaler = machine.scaler.state_dict()
+    folder = machine.on_main(lambda: begin_step(out, step))
     try:
-        files = json.loads((step / "manifest.json").read_text(encoding="utf-8"))["files"]
-        return all((step / name).stat().st_size == entry["size"] and file_sha256(step / name) == entry["sha256"]
-                   for name, entry in files.items())  # fmt: skip
-    except (OSError, ValueError, KeyError):
-        return False
+        entries = _write_tensors(folder, plan, machine)
+
+        def finish() -> Path:
+            _write_descriptions(folder, parallel.model, tokenizer, torch.float32, template, SHARD_BYTES)
+            _write_file(folder / "random.safetensors", {f"rank{rank}.{kind}": tensor for rank, states in enumerate(random_states)
+                                                        for kind, tensor in states.items()})  # fmt: skip
+            write_json(folder / "state.json", {"format": STATE_FORMAT, "world": machine.world, "scaler": scaler, **state})
+            small = sorted(path.name for path in folder.iterdir() if path.name not in entries)
+            target = finish_step(folder, entries | manifest_entries(folder, small))
+            prune(out, keep, (state.get("best") or {}).get("step"))
+            return target
+
+        return machine.on_main(finish)
+    except BaseException:
+        if machine.main:
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
 
 
-def save_state(out: Path, step: int, *, model: Llama, tokenizer: Tokenizer, optimizer: torch.optim.Optimizer,
-               machine, progress: dict, template: str | None = None, keep: int = 2) -> Path:  # fmt: skip
-    """Write out/step-NNNNNN: a model directory in fp32 plus all that decides the next step. Call it on every rank.
+def load_state(step: Path, *, stage: str, parallel) -> dict:
+    """Put a step's weights, optimizer, scaler and random numbers back; return the stage's state. All ranks call it.
 
-    `progress` is the stage's own state (JSON). The newest `keep` steps stay.
+    Another number of ranks gets fresh random numbers, other ones than at the start: dropout goes on differently, all else alike.
+    Raises UserError if another stage or a model of another shape wrote it.
     """
-    random_states = machine.gather(_random_state(machine.device))
-    target = Path(out) / f"step-{step:06d}"
-    if machine.main:
-        partial = target.with_name(f".{target.name}.partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        try:
-            save_model(model, partial, tokenizer, dtype=torch.float32, template=template)
-            with written_beside(partial / "optimizer.safetensors") as temporary:
-                save_file(_optimizer_tensors(model, optimizer), temporary)
-            with written_beside(partial / "random.safetensors") as temporary:
-                save_file({f"rank{r}.{kind}": t for r, states in enumerate(random_states) for kind, t in states.items()}, temporary)
-            write_json(partial / "state.json", {"step": step, "scaler": machine.scaler.state_dict(), **progress})
-            names = sorted(p.name for p in partial.iterdir())
-            write_json(partial / "manifest.json", {"files": {
-                name: {"size": (partial / name).stat().st_size, "sha256": file_sha256(partial / name)} for name in names}})  # fmt: skip
-            fsync_directory(partial)
-            shutil.rmtree(target, ignore_errors=True)
-            os.replace(partial, target)
-            fsync_directory(out)
-        except BaseException:
-            shutil.rmtree(partial, ignore_errors=True)
-            raise
-        for old in steps(out)[:-keep]:
-            shutil.rmtree(old)
-    machine.barrier()
-    return target
-
-
-def load_state(step: Path, *, stage: str, model: Llama, optimizer: torch.optim.Optimizer, machine) -> dict:
-    """Put a step's weights, optimizer, scaler and random numbers back; return its `progress` with "step".
-
-    Raises UserError if another stage wrote it.
-
-    With another number of ranks, ranks beyond the saved ones keep their fresh random numbers.
-    """
-    progress = read_json(step / "state.json")
-    if progress["stage"] != stage:
-        raise UserError(f"--resume {step}: this is a step of {progress['stage']}.py; to build on its weights use --init-from {step}")
-    loaded = load_model(step, device="cpu", dtype=torch.float32, config=model.config)
-    with torch.no_grad():
-        for ours, theirs in zip(model.parameters(), loaded.parameters(), strict=True):
-            ours.copy_(theirs)
-    del loaded
-    names = {parameter: name for name, parameter in model.named_parameters()}
-    with safe_open(step / "optimizer.safetensors", framework="pt") as tensors:
-        for group in optimizer.param_groups:
-            for parameter in group["params"]:
-                keys = [key for key in tensors.keys() if key.startswith(names[parameter] + ":")]  # noqa: SIM118
-                # the fused kernel wants its step counter beside the parameters, the plain one wants it on the CPU
-                step_device = machine.device if group.get("fused") else "cpu"
-                optimizer.state[parameter] = {
-                    key.rpartition(":")[2]: tensors.get_tensor(key).to(step_device if key.endswith(":step") else machine.device)
-                    for key in keys}  # fmt: skip
-    with safe_open(step / "random.safetensors", framework="pt") as tensors:
-        for key in tensors.keys():  # noqa: SIM118
-            if key.startswith(f"rank{machine.rank}."):
-                kind, state = key.partition(".")[2], tensors.get_tensor(key)
-                if kind == "cpu":
-                    torch.set_rng_state(state)
-                elif machine.device.type == kind:
-                    getattr(torch, kind).set_rng_state(state)
-    scaler = progress.pop("scaler")
+    machine, state = parallel.machine, read_json(step / "state.json")
+    if state.get("stage") != stage:
+        raise UserError(f"--resume {step}: this is a step of {state.get('stage')}.py; to build on its weights use --init-from {step}")
+    if state.pop("format", None) != STATE_FORMAT:
+        raise UserError(f"--resume {step}: an older Cria wrote this training state; go on from its weights: --init-from {step}")
+    ours, theirs = parallel.model.config.to_dict(), LlamaConfig.from_json(step).to_dict()
+    if different := [f"{key} {theirs[key]} instead of {ours[key]}" for key in ARCHITECTURE if ours[key] != theirs[key]]:
+        raise UserError(f"--resume {step}: it holds another model: {', '.join(different)}")
+    parallel.fill(model_tensors(step, parallel.model.config))
+    for file in sorted(step.glob("optimizer*.safetensors")):
+        with safe_open(file, framework="pt") as tensors:
+            for key in tensors.keys():  # noqa: SIM118 - not a dict
+                name, _, kind = key.rpartition(":")
+                parallel.write(name, tensors.get_tensor(key), kind)
+    if state.pop("world") == machine.world:
+        with safe_open(step / "random.safetensors", framework="pt") as tensors:
+            mine = f"rank{machine.rank}."
+            set_random_state(machine.device, {key.removeprefix(mine): tensors.get_tensor(key) for key in tensors.keys()  # noqa: SIM118
+                                              if key.startswith(mine)})  # fmt: skip
+    else:
+        torch.manual_seed(torch.initial_seed() + 1_000_003 * state["step"])
+    scaler = state.pop("scaler")
     if scaler and machine.scaler.is_enabled():
         machine.scaler.load_state_dict(scaler)
-    return progress
-
-
-def _random_state(device: torch.device) -> dict[str, Tensor]:
-    states = {"cpu": torch.get_rng_state()}
-    if device.type != "cpu":
-        states[device.type] = getattr(torch, device.type).get_rng_state()
-    return states
-
-
-def _optimizer_tensors(model: Llama, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """AdamW's state as tensors named `parameter:exp_avg` …, in place of torch's pickled dictionary."""
-    names = {parameter: name for name, parameter in model.named_parameters()}
-    return {f"{names[parameter]}:{key}": value.detach().cpu().contiguous()
-            for parameter, state in optimizer.state.items() for key, value in state.items()}  # fmt: skip
+    return state

@@ -35,7 +35,7 @@ import numpy as np
 import torch
 
 from checkpoint import load_model, open_model_dir
-from devices import DTYPE_NAMES, pick_device, pick_dtype
+from devices import DTYPE_NAMES, KINDS, pick_device, pick_dtype
 from examinee import Examinee, Report
 from files import utf8_lines, write_json, write_text
 from model import IGNORE
@@ -52,7 +52,7 @@ class Config:
     tasks: tuple[str, ...] = flag(("exam",), "what to measure: ppl, exam, continue; several with commas or spaces")
     data: tuple[str, ...] = flag(help="a root with one folder per task, or TASK=PATH …; for a single task also just PATH")
     out: Path | None = flag(None, "write results.json, results.md and the raw predictions to this new directory")
-    device: str = flag("auto", "where to compute", choices=("auto", "cpu", "cuda", "mps"))
+    device: str = flag("auto", "where to compute", choices=("auto", *KINDS))
     dtype: str = flag("auto", "of weights and arithmetic; log-probabilities are always taken in fp32",
                       choices=("auto", "bf16", "fp16", "fp32"))  # fmt: skip
     batch_tokens: int = flag(4096, "tokens computed at a time, padding included; more suits a GPU, less saves memory")

@@ -203,7 +203,8 @@ class Decoder(nn.Module):
 
 
 class Llama(nn.Module):
-    def __init__(self, config: LlamaConfig):
+    def __init__(self, config: LlamaConfig, init: bool = True):
+        """On the meta device, or with init=False, the weights get no values: see `initial_weights`."""
         super().__init__()
         self.config = config
         self._frequencies: tuple | None = None  # (key, rotary frequencies, attention factor): see _rope
@@ -211,27 +212,48 @@ class Llama(nn.Module):
         self.model = Decoder(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.tie_weights()
-        self.init_weights()
+        if init and not self.lm_head.weight.is_meta:
+            self.init_weights()
 
     def tie_weights(self) -> None:
         if self.config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
 
+    def _apply(self, change, recurse: bool = True) -> Llama:
+        """What .to(), .half() … do. On devices that come from outside torch (npu) it makes two parameters of a shared one."""
+        super()._apply(change, recurse)
+        self.tie_weights()
+        return self
+
     @torch.no_grad()
     def init_weights(self) -> None:
-        """N(0, 0.02); what writes into the residual stream is scaled by 1/sqrt(2L), so that its variance does not grow
-        with depth (GPT-2, §2.3)."""
-        for name, parameter in self.named_parameters():
-            if name.endswith(("o_proj.weight", "down_proj.weight")):
-                scale = (2 * self.config.num_hidden_layers) ** -0.5
-                nn.init.normal_(parameter, std=self.config.initializer_range * scale)
-            elif parameter.dim() > 1:
-                nn.init.normal_(parameter, std=self.config.initializer_range)
-            elif name.endswith("bias"):
-                nn.init.zeros_(parameter)
+        seed = int(torch.randint(2**62, (), device="cpu"))
+        for (_, parameter), (_, weights) in zip(self.named_parameters(), self.initial_weights(seed), strict=True):
+            parameter.copy_(weights)
+
+    def initial_weights(self, seed: int) -> Iterator[tuple[str, Tensor]]:
+        """(name, fp32 tensor on the CPU) of every parameter, one at a time: so that a model which no single device holds can
+        be filled piece by piece. The same seed gives the same weights on every device and every rank.
+
+        N(0, 0.02); what writes into the residual stream is scaled by 1/sqrt(2L), so that its variance does not grow with
+        depth (GPT-2, §2.3). Norms are 1, biases 0.
+        """
+        std, residual_std = (self.config.initializer_range * scale for scale in (1, (2 * self.config.num_hidden_layers) ** -0.5))
+        dice = torch.Generator("cpu").manual_seed(seed)
+        for name, shape in self.parameter_shapes().items():
+            if len(shape) > 1:
+                to_residual = name.endswith(("o_proj.weight", "down_proj.weight"))
+                yield name, torch.empty(shape, device="cpu").normal_(std=residual_std if to_residual else std, generator=dice)
+            else:
+                yield name, torch.full(shape, 0.0 if name.endswith("bias") else 1.0, device="cpu")
+
+    def parameter_shapes(self) -> dict[str, torch.Size]:
+        """name -> shape of the whole tensor, also where this process holds only a shard of it."""
+        with torch.device("meta"):
+            return {name: parameter.shape for name, parameter in Llama(self.config).named_parameters()}
 
     def num_parameters(self) -> int:
-        return sum(parameter.numel() for parameter in self.parameters())
+        return sum(shape.numel() for shape in self.parameter_shapes().values())
 
     def flops_per_token(self, length: int) -> int:
         """Floating-point operations of forward and backward per token: 6 per matrix weight, and attention's

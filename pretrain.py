@@ -5,11 +5,11 @@
 
     python pretrain.py --model tiny                                     # one process: CPU, one GPU or Apple's
     torchrun --nproc_per_node=4 pretrain.py --model 218m                # four GPUs, the same batches, DDP
-    python pretrain.py --init-from path/to/Llama-3-8B --lr 2e-5         # continued pretraining
+    torchrun --nproc_per_node=8 pretrain.py --init-from path/to/Llama-3-8B --lr 2e-5 --fsdp      # continued, shared out
     python pretrain.py --init-from out/pretrain --rope-scaling yarn --rope-factor 4 --seq-len 2048 --out out/long
 
-The same command again resumes an interrupted run. The batch of step s depends on the seed and s alone: not on the number
-of processes, not on the micro-batch, not on where the run was interrupted.
+The same command again resumes an interrupted run, bit for bit. The batch of a step depends on the seed and the sequences read
+before it alone: not on the number of processes, not on the micro-batch, not on where the run was interrupted.
 """
 
 from __future__ import annotations
@@ -25,23 +25,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from checkpoint import (
-    DTYPES,
-    Finished,
-    load_model,
-    load_state,
-    lock_run,
-    open_run,
-    resolve_model_dir,
-    save_model,
-    save_state,
-    start_run,
-    weights_identity,
-)
-from devices import DTYPE_NAMES
+from checkpoint import DTYPES, load_state, model_tensors, resolve_model_dir, save_model, save_state, weights_identity
+from devices import DTYPE_NAMES, supports
 from files import file_sha256
-from model import PRESETS, Llama, LlamaConfig
-from progress import Metrics, Progress, count_skipped, human, plot_loss, read_metrics
+from model import IGNORE, PRESETS, Llama, LlamaConfig
+from parallel import make_parallel, strategy_problems
+from progress import BatchHash, Metrics, Progress, count_skipped, human, plot_loss, read_metrics
+from runs import Finished, best_step, check_shared, lock_run, note_best, open_run, start_run
 from runtime import Machine, MachineConfig
 from token_files import Tokens, open_tokens
 from tokenizer import Tokenizer, load_tokenizer
@@ -79,13 +69,14 @@ class Config(MachineConfig):
     eval_every: int = flag(200, "steps between evaluations (loss, plot, samples)")
     eval_tokens: int = flag(200_000, "validation tokens per evaluation")
     save_every: int = flag(200, "steps between checkpoints")
-    keep: int = flag(2, "checkpoints kept")
+    keep: int = flag(2, "checkpoints kept: the newest, and besides the one with the best validation loss")
     save_dtype: str = flag("fp32", "dtype of the final weights", choices=tuple(DTYPES))
     resume: str = flag("auto", "auto: go on where --out stopped; never; or a step directory")
+    resume_anyway: bool = flag(False, "go on although settings have changed that alter the run")
 
     # Settings that cannot change the result: a resumed run may have others. What lies behind the paths is compared itself.
-    HARMLESS = frozenset({"out", "data", "tokenizer", "init_from", "resume", "device", "compile", "micro_batch", "checkpointing",
-                          "log_every", "eval_every", "eval_tokens", "save_every", "keep"})  # fmt: skip
+    HARMLESS = MachineConfig.HARMLESS | {"out", "data", "tokenizer", "init_from", "resume", "resume_anyway", "micro_batch", "checkpointing",
+                                         "log_every", "eval_every", "eval_tokens", "save_every", "keep"}  # fmt: skip
 
     def problems(self) -> list[str]:
         found = too_small(self, "epochs", "batch_size", "micro_batch", "lr", "clip", "log_every", "eval_every", "eval_tokens",
@@ -95,7 +86,7 @@ class Config(MachineConfig):
         found += too_small(self, "steps", "seq_len", least=1)
         if self.init_from is None and self.model not in PRESETS and not Path(self.model).exists():
             found.append(f"--model {self.model} is neither a preset ({', '.join(PRESETS)}) nor a file")
-        return found
+        return found + strategy_problems(self)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -110,9 +101,9 @@ class Batches:
         self.rows = tokens[: self.windows * (seq_len + 1)].reshape(self.windows, seq_len + 1)
         self.batch_size, self.seed = batch_size, seed
 
-    def __getitem__(self, step: int) -> np.ndarray:
-        """The batch of a step: [batch_size, T + 1]."""
-        which = step * self.batch_size + np.arange(self.batch_size)
+    def after(self, read: int) -> np.ndarray:
+        """The batch that follows when `read` sequences have been read: [batch_size, T + 1]."""
+        which = read + np.arange(self.batch_size)
         epoch, place = which // self.windows, which % self.windows
         order = [shuffled(int(p), self.windows, self.seed + int(e)) for e, p in zip(epoch, place)]
         return self.rows[order].astype(np.int64)
@@ -161,45 +152,47 @@ def learning_rate(step: int, steps: int, config: Config) -> float:
 
 def make_optimizer(model: Llama, config: Config, machine: Machine) -> torch.optim.AdamW:
     """AdamW; weight decay pulls on matrices only, not on norms and biases."""
-    matrices = [p for p in model.parameters() if p.dim() > 1]
-    vectors = [p for p in model.parameters() if p.dim() <= 1]
+    shapes = model.parameter_shapes()  # a shard's own shape does not tell what it is a part of
+    matrices, vectors = ([p for name, p in model.named_parameters() if (len(shapes[name]) > 1) == wanted] for wanted in (True, False))
     groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, config.beta2), fused=machine.device.type in ("cpu", "cuda"))
+    return torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, config.beta2), fused=supports(machine.device.type, "fused_adamw"))
 
 
 @torch.no_grad()
-def evaluate(model: Llama, tokens: Tokens, seq_len: int, config: Config, machine: Machine, eos_id: int) -> dict:
+def evaluate(model: Llama, tokens: Tokens, seq_len: int, config: Config, parallel, eos_id: int) -> dict:
     """Validation loss in nats per token, and bits per byte of text; the windows are spread over all ranks."""
     model.eval()
+    machine = parallel.machine
     seq_len = min(seq_len, len(tokens) - 1)
     rows = min(len(tokens) // (seq_len + 1), max(1, config.eval_tokens // seq_len))
     windows = tokens.tokens[: rows * (seq_len + 1)].reshape(rows, seq_len + 1)
-    mine = windows[machine.rank :: machine.world].astype(np.int64)
-    nats = torch.zeros((), dtype=torch.float64)
-    for start in range(0, len(mine), config.micro_batch):
-        batch = torch.from_numpy(mine[start : start + config.micro_batch]).to(machine.device)
-        x, y = batch[:, :-1], batch[:, 1:]
-        with machine.autocast():
-            nats += model(x, y, denominator=1, doc_ids=document_ids(x, eos_id) if config.doc_mask else None).cpu()
+    nats = 0.0
+    for start in range(0, rows, config.micro_batch * machine.world):  # all ranks go round equally often: a shared-out model needs all
+        mine = windows[start : start + config.micro_batch * machine.world][machine.rank :: machine.world].astype(np.int64)
+        batch = torch.from_numpy(mine if len(mine) else windows[:1].astype(np.int64)).to(machine.device)
+        x, y = batch[:, :-1], batch[:, 1:] if len(mine) else torch.full_like(batch[:, 1:], IGNORE)
+        with parallel.autocast():
+            nats += model(x, y, denominator=1, doc_ids=document_ids(x, eos_id) if config.doc_mask else None).item()
     model.train()
-    loss = machine.sum(nats.float()).item() / (rows * seq_len)
+    loss = sum(machine.gather(nats)) / (rows * seq_len)
     text_bytes = tokens.meta.get("splits", {}).get("val", {}).get("bytes")
     return {"val_loss": loss, "val_bpb": loss / math.log(2) * len(tokens) / text_bytes if text_bytes else None}
 
 
-def write_samples(model: Llama, tokenizer: Tokenizer, tokens: Tokens, path: Path, title: str, machine: Machine) -> str:
+def write_samples(model: Llama, tokenizer: Tokenizer, tokens: Tokens, path: Path, title: str, parallel) -> str:
     """Let the model go on from the first words of three validation documents; append to samples.txt."""
     ends = np.flatnonzero(tokens.tokens[:100_000] == tokenizer.eos_id)[:3]
     starts = [0, *(int(end) + 1 for end in ends)][:3]
     prompts = [p for p in (tokens.tokens[start : start + 8].tolist() for start in starts) if p]
     answers = [list(prompt) for prompt in prompts]
-    with machine.autocast():
+    with parallel.autocast():
         for step in model.generate(prompts, 48, temperature=0.8, top_p=0.9, stop_ids=[tokenizer.eos_id], seed=0):
             for answer, token in zip(answers, step):
                 answer += [] if token is None else [token]
     lines = [f"{tokenizer.decode(p)} ▸ {tokenizer.decode(a)[len(tokenizer.decode(p)):]}" for p, a in zip(prompts, answers)]
-    with path.open("a", encoding="utf-8") as file:
-        file.write("\n".join([f"── {title} " + "─" * 40, *lines, ""]) + "\n")
+    if parallel.machine.main:
+        with path.open("a", encoding="utf-8") as file:
+            file.write("\n".join([f"── {title} " + "─" * 40, *lines, ""]) + "\n")
     return lines[0].replace("\n", "⏎")
 
 
@@ -235,14 +228,13 @@ def prepare(config: Config, machine: Machine) -> tuple[Tokens, Tokens | None, To
     seq_len = config.seq_len or llama.context_length
     if len(train) < seq_len + 1:
         raise UserError(f"{config.data} holds {len(train)} tokens, fewer than one sequence of {seq_len} + 1; lower --seq-len or add text")
-    if config.batch_size % machine.world:
-        raise UserError(f"--batch-size {config.batch_size} cannot be shared equally by {machine.world} processes")
+    machine.check_batch_size(config.batch_size)
     return train, val, tokenizer, dataclasses.replace(llama, dropout=config.dropout)
 
 
 def main(config: Config) -> dict:
-    with Machine(config) as machine, machine.explain_out_of_memory("lower --micro-batch or --seq-len, or add --checkpointing"):
-        train, val, tokenizer, llama = prepare(config, machine)
+    with Machine(config) as machine, machine.explain_out_of_memory("lower --micro-batch or --seq-len, or add --checkpointing or --fsdp"):
+        train, val, tokenizer, llama = machine.together(lambda: prepare(config, machine))
         seq_len = config.seq_len or llama.context_length
         batches = Batches(train.tokens, seq_len, config.batch_size, config.seed)
         steps = config.steps or max(1, round(config.epochs * batches.windows / config.batch_size))
@@ -251,39 +243,38 @@ def main(config: Config) -> dict:
                     "dtype": DTYPE_NAMES[machine.dtype],
                     "first weights": weights_identity(resolve_model_dir(config.init_from)) if config.init_from else None}  # fmt: skip
         try:
-            resume_from = open_run(config.out, config, resume=config.resume, harmless=config.HARMLESS, identity=identity)
+            resume_from = machine.on_main(lambda: open_run(config.out, config, identity=identity))
         except Finished:
             machine.print(f"{config.out} is finished: nothing to do. Talk to it: python chat.py --model {config.out}")
             return {key: value for line in read_metrics(config.out / "metrics.jsonl") for key, value in line.items()}
-        if len(set(machine.gather(str(resume_from)))) > 1:
-            raise UserError(f"the processes find different steps in --out {config.out}: all machines must share that directory")
-        if machine.main:
-            machine.hold(lock_run(config.out))
-        if config.init_from:
-            model = load_model(config.init_from, machine.device, torch.float32, config=llama)
-        else:
-            model = Llama(llama).to(machine.device)
-        torch.manual_seed(config.seed + machine.rank)  # the same weights everywhere, but each rank drops out on its own
+        machine.together(lambda: check_shared(resume_from))
+        machine.on_main(lambda: machine.hold(lock_run(config.out)))
+        parallel = make_parallel(machine, config)
+        model = parallel.build(llama)
         model.checkpointing = config.checkpointing
         optimizer = make_optimizer(model, config, machine)
-        state = {"stage": "pretrain", "step": 0, "skipped": 0}
+        per_rank = config.batch_size // machine.world
+        network = parallel.wrap(model, optimizer, clip=config.clip, micro_batch=min(config.micro_batch, per_rank),
+                                micro_batches=math.ceil(per_rank / config.micro_batch))  # fmt: skip
+        state = {"stage": "pretrain", "step": 0, "sequences": 0, "skipped": 0, "best": None}
+        torch.manual_seed(config.seed + machine.rank)  # the same weights everywhere, but each rank drops out on its own
         if resume_from:
-            state = load_state(resume_from, stage="pretrain", model=model, optimizer=optimizer, machine=machine)
-        if machine.main and (resume_from is None or resume_from.parent != config.out):
-            start_run(config.out, config, identity, {"parameters": model.num_parameters(), "device": machine.describe(),
-                                                     "torch": torch.__version__})  # fmt: skip
+            state = load_state(resume_from, stage="pretrain", parallel=parallel)
+        else:
+            parallel.fill(model.initial_weights(config.seed) if config.init_from is None else
+                          model_tensors(resolve_model_dir(config.init_from), llama))  # fmt: skip
+        if resume_from is None or resume_from.parent != config.out or config.resume_anyway:
+            facts = {"parameters": model.num_parameters(), "device": machine.describe(), "torch": torch.__version__}
+            machine.on_main(lambda: start_run(config.out, config, identity, facts))
         metrics = Metrics(machine, config.out / "metrics.jsonl", from_step=state["step"])
+        batch_hash = BatchHash(machine, state.get("batch_hash"))
 
         tokens_per_step = config.batch_size * seq_len
-        per_rank = config.batch_size // machine.world
         machine.print(f"model     {human(model.num_parameters())} parameters, vocabulary {llama.vocab_size:,}, {seq_len} tokens of context")
         machine.print(f"data      {human(len(train))} tokens from {config.data}; {steps:,} steps of {config.batch_size} x {seq_len} = "
                       f"{human(tokens_per_step)} tokens, {steps * tokens_per_step / len(train):.2f} epochs")  # fmt: skip
-        machine.print(f"machine   {machine.describe()}; micro-batches of {min(config.micro_batch, per_rank)}"
+        machine.print(f"machine   {machine.describe()}{parallel.describe()}; micro-batches of {min(config.micro_batch, per_rank)}"
                       + (f"; resuming at step {state['step']:,} from {resume_from}" if resume_from else ""))  # fmt: skip
-        if config.compile:
-            model.compile()
-        network = machine.wrap(model)
         network.train()
 
         progress = Progress(machine, metrics, steps=steps, first=state["step"], flops_per_token=model.flops_per_token(seq_len))
@@ -294,57 +285,68 @@ def main(config: Config) -> dict:
             rate = learning_rate(step, steps, config)
             with progress.paused():
                 if step > first and (last or stop or step % config.save_every == 0):
-                    saved = save_state(config.out, step, model=model, tokenizer=tokenizer, optimizer=optimizer,
-                                       machine=machine, progress=state, keep=config.keep)  # fmt: skip
+                    state["batch_hash"] = batch_hash.total()
+                    saved = save_state(config.out, parallel=parallel, tokenizer=tokenizer, state=state, keep=config.keep,
+                                       needed=last or stop) or saved  # fmt: skip
                 if stop and not last:
-                    machine.print(f"stopped at step {step:,}; the same command goes on from {saved or 'the start'}")
+                    machine.stopped(step, saved)
                     break
                 if last or step % config.eval_every == 0:
                     title = f"step {step:,}"
                     if val is not None and len(val) > 1:
-                        result = evaluate(model, val, seq_len, config, machine, tokenizer.eos_id)
-                        metrics.write(step=step, tokens=step * tokens_per_step, **result)
+                        result = evaluate(model, val, seq_len, config, parallel, tokenizer.eos_id)
+                        metrics.write(step=step, tokens=state["sequences"] * seq_len, **result)
+                        note_best(state, result["val_loss"], saved)
                         title += f", validation loss {result['val_loss']:.3f}"
                         title += f", {result['val_bpb']:.3f} bits per byte" if result["val_bpb"] else ""
-                    if machine.main:
-                        sample = write_samples(model, tokenizer, val or train, config.out / "samples.txt", title, machine)
-                        plot_loss(config.out / "metrics.jsonl", config.out / "loss.png", str(config.out))
+                    if machine.main or parallel.sharded:
+                        sample = write_samples(model, tokenizer, val or train, config.out / "samples.txt", title, parallel)
                         machine.print(f"   {title} │ {sample[:60]}")
+                    if machine.main:
+                        plot_loss(config.out / "metrics.jsonl", config.out / "loss.png", str(config.out))
             if last:
                 break
 
             # ---- one optimizer step: the lesson --------------------------------------------------------------
             for group in optimizer.param_groups:
                 group["lr"] = rate
-            mine = batches[step][machine.rank * per_rank : (machine.rank + 1) * per_rank]
+            with progress.reading():
+                mine = batches.after(state["sequences"])[machine.rank * per_rank : (machine.rank + 1) * per_rank]
+            batch_hash.add(step, mine)
             micro_batches = torch.from_numpy(mine).split(config.micro_batch)
             loss = torch.zeros((), device=machine.device)
             for i, micro in enumerate(micro_batches):
                 micro = micro.to(machine.device, non_blocking=True)
                 x, y = micro[:, :-1], micro[:, 1:]
                 docs = document_ids(x, tokenizer.eos_id) if config.doc_mask else None
-                with machine.no_sync(network, i < len(micro_batches) - 1):
-                    with machine.autocast():  # DDP averages over ranks, so each divides by its own share of the tokens
+                with parallel.micro_batch(network, last=i == len(micro_batches) - 1):
+                    with parallel.autocast():  # gradients are averaged over ranks, so each divides by its own share of the tokens
                         part = network(x, y, denominator=tokens_per_step / machine.world, doc_ids=docs)
-                    machine.scaler.scale(part).backward()
+                    parallel.backward(part)
                 loss += part.detach()
-            machine.scaler.unscale_(optimizer)
-            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip)
-            finite = bool(torch.isfinite(norm))
-            if finite:
-                machine.scaler.step(optimizer)
-            machine.scaler.update()
-            optimizer.zero_grad(set_to_none=True)
+            if parallel.engine:  # DeepSpeed's unscales, clips, steps and clears by itself
+                norm, finite = parallel.step()
+            else:
+                machine.scaler.unscale_(optimizer)
+                norm = parallel.clip(config.clip)
+                finite = bool(torch.isfinite(norm))
+                if finite:
+                    machine.scaler.step(optimizer)
+                machine.scaler.update()
+                optimizer.zero_grad(set_to_none=True)
             # ---------------------------------------------------------------------------------------------------
 
-            state["step"] = step = step + 1
-            count_skipped(machine, state, finite, config.out)
+            state["step"], state["sequences"] = step + 1, state["sequences"] + config.batch_size
+            step += 1
+            count_skipped(machine, state, finite, saved)
             progress.step(tokens_per_step)
             if step % config.log_every == 0 or step in (first + 1, steps):
-                progress.log(step, tokens=step * tokens_per_step, loss=loss, lr=rate, norm=norm)
+                progress.log(step, tokens=state["sequences"] * seq_len, loss=loss, lr=rate, norm=norm, batch_hash=batch_hash.total())
         progress.bar.close()
-        if last and machine.main:
-            save_model(model, config.out, tokenizer, dtype=DTYPES[config.save_dtype])
+        if last:
+            save_model(model, config.out, tokenizer, dtype=DTYPES[config.save_dtype], parallel=parallel)
+            if (best := best_step(config.out, state)) is not None:
+                machine.print(f"best      {best}")
             machine.print(f"done: {config.out}. Next: python sft.py --init-from {config.out} --data data/sft")
         machine.barrier()
         return metrics.last

@@ -1,15 +1,17 @@
-"""The machine: everything a training stage needs that is not its lesson.
+"""The machine: processes, devices and precision behind one small object that works alone as well as under torchrun.
 
-    device       --device auto|cpu|cuda|mps, --dtype auto|bf16|fp16|fp32, the process group under torchrun
-    the loop     signals -> one agreed stop, memory and peak-FLOPS tables
-    for people   metrics.jsonl, loss.png
+    python X.py                               one process, no process group
+    torchrun --nproc_per_node=N X.py          N processes that work as one: see parallel.py for what they share
+    deepspeed --num_gpus N X.py --deepspeed 2 the same, started by DeepSpeed's launcher
 
-Plain `python X.py` is one process with no process group. `torchrun --nproc_per_node=N X.py` is DDP.
+Whatever one process finds out alone (a signal, a mistake, a lost connection) becomes known to all, because a process that
+leaves while the others wait for it is a run that hangs.
 """
 
 from __future__ import annotations
 
-from settings import UserError, flag
+import settings
+from settings import LostContact, UserError, flag
 
 import contextlib
 import dataclasses
@@ -18,54 +20,88 @@ import os
 import re
 import signal
 import sys
+import time
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
-from devices import DTYPE_NAMES, PEAK_TFLOPS, peak_rss, pick_device, pick_dtype
+import devices
+from devices import DTYPE_NAMES
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The machine
+# What gloo, NCCL and torch's store say when another process is gone. (Not our words: whatever matches is shown as well.)
+LOST = re.compile(r"connection (was )?(closed|reset|refused)|broken pipe|timed? ?out|socket|remote process|peer|ncclRemoteError"
+                  r"|failed to recv|no route to host|HCCL.*(remote|timeout)", re.IGNORECASE)  # fmt: skip
+TORCHRUN_SETS = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MachineConfig:
     """Flags that every training stage inherits."""
 
-    device: str = flag("auto", "where to compute", choices=("auto", "cpu", "cuda", "mps"))
+    device: str = flag("auto", "where to compute", choices=("auto", *devices.KINDS))
     dtype: str = flag("auto", "arithmetic of the matrix products; master weights stay fp32",
                       choices=("auto", "bf16", "fp16", "fp32"))  # fmt: skip
     compile: bool = flag(False, "torch.compile the model: slower start, faster steps on GPUs")
     seed: int = flag(1234, "decides initial weights, order of the data and dropout")
+    deterministic: bool = flag(False, "only kernels that repeat bit for bit, also on GPUs: slower")
+    fsdp: bool = flag(False, "share weights, gradients and optimizer out among the devices: for a model that one cannot hold")
+    deepspeed: str | None = flag(None, "the same with DeepSpeed ZeRO: stage 1, 2 or 3, or a DeepSpeed config FILE.json")
+    offload: bool = flag(False, "with --deepspeed: keep the optimizer, at stage 3 also the weights, in the host's memory")
+    timeout: float = flag(10.0, "minutes to wait for another process before it counts as lost")
+
+    # What decides how fast a result comes, not what it is: a resumed run may have it otherwise.
+    HARMLESS = frozenset({"device", "compile", "deterministic", "fsdp", "deepspeed", "offload", "timeout"})
 
 
 class Machine:
-    """Rank, device and precision behind one small object that works alone as well as under torchrun."""
+    """Rank, device and precision. Raises UserError for what this machine does not have."""
 
     def __init__(self, config: MachineConfig):
-        self.distributed = all(name in os.environ for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR"))  # torchrun sets them
+        missing = [name for name in TORCHRUN_SETS if name not in os.environ]
+        if missing and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            raise UserError(f"WORLD_SIZE={os.environ['WORLD_SIZE']} is set but {', '.join(missing)} is not: start several processes with "
+                            "torchrun --nproc_per_node=N, or `unset WORLD_SIZE` for one")  # fmt: skip
+        self.distributed = not missing
         self.rank, self.world, local_rank = (
-            int(os.environ[name]) if self.distributed else default
+            int(os.environ.get(name, default)) if self.distributed else default
             for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))  # fmt: skip
         self.main = self.rank == 0
-        kind = pick_device(config.device)
+        kind = devices.pick_device(config.device)
+        self.device = devices.set_device(kind, local_rank)
+        self.dtype = devices.pick_dtype(config.dtype, kind)
+        self.compile = config.compile and devices.supports(kind, "compile")
+        if config.compile and not self.compile:
+            self.print(f"notice: --compile is left out: torch.compile is not used on {kind}")
         if kind == "cuda":
-            if local_rank >= torch.cuda.device_count():
-                raise UserError(f"process {local_rank} has no GPU of its own: this machine has {torch.cuda.device_count()}; "
-                                f"start torchrun with --nproc_per_node={torch.cuda.device_count()}")
-            torch.cuda.set_device(local_rank)
             torch.backends.cuda.matmul.fp32_precision = "tf32"
-            self.device = torch.device("cuda", local_rank)
-        else:
-            self.device = torch.device(kind)
-        self.dtype = pick_dtype(config.dtype, kind)
-        if self.distributed:
-            dist.init_process_group("nccl" if kind == "cuda" else "gloo", timeout=datetime.timedelta(minutes=10))
+        if config.deterministic:
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS repeats itself only with a workspace of its own
+            torch.use_deterministic_algorithms(True, warn_only=True)
+        self._launcher = os.getppid()
+        if self.distributed or config.fsdp or config.deepspeed:
+            self._join(kind, config.timeout)
         torch.manual_seed(config.seed)  # the same initial weights on every rank
         self.scaler = torch.amp.GradScaler(kind, enabled=self.dtype == torch.float16)
-        self._stop, self._held = False, []
+        self._stop, self._interrupted, self._held = False, 0.0, []
+
+    def _join(self, kind: str, timeout: float) -> None:
+        """Make the process group. Tensors on the CPU always travel by gloo: signals and messages do not wait for the device."""
+        backend = devices.backend(kind)
+        alone = {} if self.distributed else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+        _die_with_launcher()
+        try:
+            dist.init_process_group(backend if backend == "gloo" else f"cpu:gloo,{kind}:{backend}",
+                                    timeout=datetime.timedelta(minutes=timeout), **alone)  # fmt: skip
+        except (RuntimeError, ValueError) as error:  # DistNetworkError and DistStoreError are RuntimeErrors
+            place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+            if "EADDRINUSE" in str(error) or "address already in use" in str(error):
+                raise UserError(f"port {place} is taken, by another run perhaps; choose one with --master-port, or use "
+                                "torchrun --standalone") from None  # fmt: skip
+            raise UserError(f"the {self.world} processes did not find each other at {place} ({_first_line(error)}); start all of them, "
+                            "with torchrun, and check that every machine reaches that address") from None  # fmt: skip
+        self.distributed = True
 
     def __enter__(self) -> Machine:
         self._old_handlers = {}
@@ -76,35 +112,96 @@ class Machine:
                     self._old_handlers[number] = signal.signal(number, self._on_signal)
         return self
 
-    def __exit__(self, *exception) -> None:
+    def __exit__(self, kind, error, traceback) -> None:
         for number, handler in self._old_handlers.items():
             signal.signal(number, handler)
         for file in self._held:
             file.close()
-        if self.distributed:
+        if error is None and self.distributed:
             dist.destroy_process_group()
+        if self.world > 1 and isinstance(error, RuntimeError) and LOST.search(str(error)):
+            raise LostContact(f"lost the connection to another process ({_first_line(error)}): it died, was killed, or its machine or the "
+                              "network went down; its own message, if it left one, says why. The same command on all machines goes "
+                              "on from the last checkpoint") from error  # fmt: skip
 
     def hold(self, file) -> None:
         """Keep a file open (a lock, say) until the stage ends."""
         self._held.append(file)
 
+    # ---- stopping --------------------------------------------------------------------------------------------------
+
     def _on_signal(self, number, frame) -> None:
-        if self._stop and number == signal.SIGINT:
-            raise KeyboardInterrupt  # a second Ctrl-C does not wait
-        self._stop = True
-        if self.main:
+        if number == signal.SIGINT:
+            # A terminal and torchrun may both deliver one Ctrl-C; a second one a moment later is meant.
+            if self._interrupted and time.monotonic() - self._interrupted > 1:
+                raise KeyboardInterrupt
+            self._interrupted = self._interrupted or time.monotonic()
+        if not self._stop and self.main:
             print("\nfinishing this step and saving; Ctrl-C again quits at once", file=sys.stderr, flush=True)
+        self._stop = settings.being_ended = True
 
     def should_stop(self) -> bool:
         """True on every rank once any rank has got SIGTERM, SIGINT or SIGHUP: they must agree, or they would hang."""
         return self.any(self._stop)
 
+    def stopped(self, step: int, saved) -> None:
+        """Say how to go on. Raises UserError if it was the death of a launcher that stopped the run."""
+        how = f"stopped at step {step:,}; the same command goes on from {saved or 'the start'}"
+        orphans = [rank for rank, orphan in enumerate(self.gather(os.getppid() != self._launcher)) if orphan]
+        if orphans:
+            settings.being_ended = False
+            raise UserError(f"torchrun died and left rank {', '.join(map(str, orphans))} behind: {how}")
+        self.print(how)
+
+    def check_batch_size(self, batch_size: int) -> None:
+        """Raises UserError for a batch that the processes cannot share equally, naming the nearest that they can."""
+        if batch_size % self.world:
+            below, above = batch_size - batch_size % self.world, batch_size - batch_size % self.world + self.world
+            fitting = f"{below} or {above}" if below else above
+            raise UserError(f"--batch-size {batch_size} cannot be shared equally by {self.world} processes: it must be a multiple of "
+                            f"{self.world}, {fitting} for example")  # fmt: skip
+
+    # ---- agreeing --------------------------------------------------------------------------------------------------
+
+    def together(self, work):
+        """work() on every rank. Where it fails on one with a UserError, all raise it: none waits for those that left."""
+        error, result = None, None
+        try:
+            result = work()
+        except Exception as caught:
+            if not self.distributed:
+                raise
+            error = caught
+        errors = self.gather(error)
+        first = next((rank for rank, other in enumerate(errors) if other is not None), None)
+        if first is not None:
+            raise errors[self.rank] or errors[first]
+        return result
+
+    def on_main(self, work):
+        """work() on rank 0; its result, or its exception, on every rank."""
+        error, result = None, None
+        if self.main:
+            try:
+                result = work()
+            except Exception as caught:
+                if not self.distributed:
+                    raise
+                error = caught
+        if self.distributed:
+            box = [(result, error)]
+            dist.broadcast_object_list(box, device=torch.device("cpu"))
+            result, error = box[0]
+        if error is not None:
+            raise error
+        return result
+
     def any(self, value: bool) -> bool:
-        return bool(self.sum(torch.tensor(float(value))).item() > 0) if self.distributed else value
+        return bool(self.sum(torch.tensor(float(value))) > 0) if self.distributed else value
 
     def sum(self, value: Tensor) -> Tensor:
-        """The sum of a tensor over all ranks."""
-        value = value.detach().to(self.device)
+        """The sum of a tensor over all ranks, where the tensor is."""
+        value = value.detach()
         if self.distributed:
             value = value.clone()
             dist.all_reduce(value)
@@ -120,46 +217,26 @@ class Machine:
 
     def barrier(self) -> None:
         if self.distributed:
-            dist.barrier()
+            self.any(False)
+
+    # ---- computing -------------------------------------------------------------------------------------------------
 
     def autocast(self):
         return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32)
 
-    def wrap(self, model):
-        """The model as the loop calls it: DDP under torchrun, else itself. `no_sync` works on both."""
-        if not self.distributed:
-            return model
-        ids = [self.device.index] if self.device.type == "cuda" else None
-        return torch.nn.parallel.DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)
-
-    def no_sync(self, model, active: bool):
-        """Leave gradients local while accumulating: one all-reduce per optimizer step."""
-        return model.no_sync() if active and self.distributed else contextlib.nullcontext()
-
     def synchronize(self) -> None:
-        if self.device.type != "cpu":
-            getattr(torch, self.device.type).synchronize()
+        devices.synchronize(self.device)
 
     def peak_memory(self) -> int:
-        """Bytes: the most that was allocated on the device; on a CPU the most the process ever held."""
-        if self.device.type == "cuda":
-            return torch.cuda.max_memory_allocated()
-        if self.device.type == "mps":
-            return torch.mps.driver_allocated_memory()
-        return peak_rss()
+        return devices.peak_memory(self.device)
 
     def peak_flops(self) -> float | None:
-        """FLOP/s of one device in the dtype in use, where the data sheet is known; for MFU."""
-        if self.device.type != "cuda" or self.dtype == torch.float32:
-            return None
-        name = torch.cuda.get_device_name().lower()
-        return next((tflops * 1e12 for key, tflops in PEAK_TFLOPS.items() if re.search(rf"\b{key}\b", name)), None)
+        return devices.peak_flops(self.device, self.dtype)
 
     def describe(self) -> str:
-        name = torch.cuda.get_device_name() if self.device.type == "cuda" else self.device.type
         threads = f", {torch.get_num_threads()} threads" if self.device.type == "cpu" else ""
         ranks = f", {self.world} processes" if self.world > 1 else ""
-        return f"{name}{threads}{ranks}, {DTYPE_NAMES[self.dtype]}"
+        return f"{devices.device_name(self.device)}{threads}{ranks}, {DTYPE_NAMES[self.dtype]}"
 
     def print(self, *values) -> None:
         if self.main:
@@ -168,9 +245,27 @@ class Machine:
 
     @contextlib.contextmanager
     def explain_out_of_memory(self, advice: str):
-        """Out of device memory -> one message with what was allocated and which flag to lower."""
+        """Out of memory -> one message with what was allocated and which flag to lower."""
         try:
             yield
-        except torch.OutOfMemoryError:
-            used, total = torch.cuda.max_memory_allocated(), torch.cuda.get_device_properties(self.device).total_memory
-            raise UserError(f"out of GPU memory: {used / 2**30:.1f} GiB of {total / 2**30:.1f} GiB were allocated; {advice}") from None
+        except (RuntimeError, MemoryError) as error:
+            if not devices.is_out_of_memory(error):
+                raise
+            total = devices.total_memory(self.device)
+            of = f" of {total / 2**30:.1f} GiB" if total else ""
+            raise UserError(f"out of memory on {devices.device_name(self.device)}: {self.peak_memory() / 2**30:.1f} GiB{of} were in use; "
+                            f"{advice}") from None  # fmt: skip
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().partition("\n")[0][:200]
+
+
+def _die_with_launcher() -> None:
+    """Linux: SIGTERM for this process when the one that started it dies. torchrun's workers would live on alone otherwise,
+    in the way of the next run."""
+    if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
+        import ctypes
+
+        PR_SET_PDEATHSIG = 1
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)

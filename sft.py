@@ -27,22 +27,20 @@ from tqdm import tqdm
 
 from checkpoint import (
     DTYPES,
-    Finished,
-    load_model,
     load_state,
-    lock_run,
+    model_tensors,
     open_model_dir,
-    open_run,
     resolve_model_dir,
     save_model,
     save_state,
-    start_run,
     weights_identity,
 )
-from devices import DTYPE_NAMES
+from devices import DTYPE_NAMES, supports
 from files import file_sha256
 from model import IGNORE, Llama
-from progress import Metrics, Progress, count_skipped, human, plot_loss, read_metrics
+from parallel import make_parallel, strategy_problems
+from progress import BatchHash, Metrics, Progress, count_skipped, human, plot_loss, read_metrics
+from runs import Finished, best_step, check_shared, lock_run, note_best, open_run, start_run
 from runtime import Machine, MachineConfig
 from tokenizer import Tokenizer
 
@@ -77,14 +75,15 @@ class Config(MachineConfig):
     log_every: int = flag(10, "steps between log lines")
     eval_every: int = flag(200, "steps between evaluations (loss, plot, samples)")
     save_every: int = flag(200, "steps between checkpoints")
-    keep: int = flag(2, "checkpoints kept")
+    keep: int = flag(2, "checkpoints kept: the newest, and besides the one with the best validation loss")
     save_dtype: str = flag("fp32", "dtype of the final weights", choices=tuple(DTYPES))
     resume: str = flag("auto", "auto: go on where --out stopped; never; or a step directory")
+    resume_anyway: bool = flag(False, "go on although settings have changed that alter the run")
     show_batch: bool = flag(False, "print the first batch token by token and stop")
 
     # Settings that cannot change the result: a resumed run may have others. What lies behind the paths is compared itself.
-    HARMLESS = frozenset({"out", "data", "init_from", "resume", "device", "compile", "micro_batch", "checkpointing", "log_every",
-                          "eval_every", "save_every", "keep", "show_batch"})  # fmt: skip
+    HARMLESS = MachineConfig.HARMLESS | {"out", "data", "init_from", "resume", "resume_anyway", "micro_batch", "checkpointing", "log_every",
+                                         "eval_every", "save_every", "keep", "show_batch"}  # fmt: skip
 
     def problems(self) -> list[str]:
         found = too_small(self, "epochs", "batch_size", "micro_batch", "lr", "clip", "log_every", "eval_every", "save_every", "keep",
@@ -92,7 +91,7 @@ class Config(MachineConfig):
         found += too_small(self, "min_lr", "warmup", "weight_decay", "beta2", "seed", "dropout", least=0)
         found += [f"--{name} must be below 1, not {getattr(self, name)}" for name in ("beta2", "dropout") if getattr(self, name) >= 1]
         found += too_small(self, "steps", least=1) + too_small(self, "seq_len", least=8)
-        return found
+        return found + strategy_problems(self)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -205,9 +204,10 @@ class Batches:
     def __len__(self) -> int:
         return math.ceil(len(self.rows) / self.batch_size)
 
-    def __getitem__(self, step: int) -> list[list[int]]:
-        """The rows of a step, each a list of conversations; past the end, and to fill up the last batch, empty rows."""
-        rows = self.rows[step * self.batch_size : (step + 1) * self.batch_size]
+    def after(self, read: int) -> list[list[int]]:
+        """The rows of the batch that follows when `read` rows have been read, each a list of conversations; past the end, and
+        to fill up the last batch, empty rows."""
+        rows = self.rows[read : read + self.batch_size]
         return rows + [[]] * (self.batch_size - len(rows))
 
     def learned(self, rows: list[list[int]]) -> int:
@@ -259,32 +259,33 @@ def learning_rate(step: int, steps: int, config: Config) -> float:
 
 
 @torch.no_grad()
-def evaluate(model: Llama, batches: Batches, config: Config, machine: Machine) -> dict:
+def evaluate(model: Llama, batches: Batches, config: Config, parallel) -> dict:
     """Loss in nats per answer token over the whole validation file, its rows spread over all ranks."""
     model.eval()
-    mine = batches.rows[machine.rank :: machine.world]
-    nats = torch.zeros((), dtype=torch.float64)
-    for start in range(0, len(mine), config.micro_batch):
-        batch = {k: v.to(machine.device) for k, v in batches.tensors(mine[start : start + config.micro_batch]).items()}
-        with machine.autocast():
+    machine, rows, nats = parallel.machine, batches.rows, 0.0
+    for start in range(0, len(rows), config.micro_batch * machine.world):  # all ranks go round equally often: a shared-out model needs all
+        mine = rows[start : start + config.micro_batch * machine.world][machine.rank :: machine.world]
+        batch = {k: v.to(machine.device) for k, v in batches.tensors(mine or [[]]).items()}
+        with parallel.autocast():
             nats += model(batch["tokens"], batch["targets"], denominator=1, doc_ids=batch["doc_ids"],
-                          positions=batch["positions"]).cpu()  # fmt: skip
+                          positions=batch["positions"]).item()  # fmt: skip
     model.train()
-    return {"val_loss": machine.sum(nats.float()).item() / batches.data.learned.sum().item()}
+    return {"val_loss": sum(machine.gather(nats)) / batches.data.learned.sum().item()}
 
 
-def write_samples(model: Llama, tokenizer: Tokenizer, template: str, questions: list, path: Path, title: str, machine: Machine) -> str:
+def write_samples(model: Llama, tokenizer: Tokenizer, template: str, questions: list, path: Path, title: str, parallel) -> str:
     """Answer the first questions of the validation conversations; append to samples.txt."""
     prompts = [tokenizer.render(messages, template=template, add_generation_prompt=True)[0] for messages in questions]
     room = max(1, min(96, model.config.context_length - max(map(len, prompts))))
     answers: list[list[int]] = [[] for _ in prompts]
-    with machine.autocast():
+    with parallel.autocast():
         for step in model.generate(prompts, room, temperature=0, stop_ids=tokenizer.stop_ids(template)):
             for answer, token in zip(answers, step):
                 answer += [] if token is None else [token]
     lines = [f"{messages[-1]['content']} ▸ {tokenizer.decode(answer)}" for messages, answer in zip(questions, answers)]
-    with path.open("a", encoding="utf-8") as file:
-        file.write("\n".join([f"── {title} " + "─" * 40, *lines, ""]) + "\n")
+    if parallel.machine.main:
+        with path.open("a", encoding="utf-8") as file:
+            file.write("\n".join([f"── {title} " + "─" * 40, *lines, ""]) + "\n")
     return lines[0].replace("\n", "⏎")
 
 
@@ -295,8 +296,7 @@ def prepare(config: Config, machine: Machine):
     if config.seq_len and config.seq_len > llama.context_length:
         raise UserError(f"--seq-len {config.seq_len} is longer than the {llama.context_length} tokens this model reads; lower it, "
                         "or read further with --rope-scaling yarn")
-    if config.batch_size % machine.world:
-        raise UserError(f"--batch-size {config.batch_size} cannot be shared equally by {machine.world} processes")
+    machine.check_batch_size(config.batch_size)
     train, val = (config.data / "train.jsonl", config.data / "val.jsonl") if config.data.is_dir() else (config.data, None)
     if not train.exists():
         raise UserError(f"--data {config.data} has no train.jsonl; make it: "
@@ -306,49 +306,52 @@ def prepare(config: Config, machine: Machine):
 
 
 def main(config: Config) -> dict:
-    with Machine(config) as machine, machine.explain_out_of_memory("lower --micro-batch or --seq-len, or add --checkpointing"):
-        llama, tokenizer, template, train_file, val_file = prepare(config, machine)
+    with Machine(config) as machine, machine.explain_out_of_memory("lower --micro-batch or --seq-len, or add --checkpointing or --fsdp"):
+        llama, tokenizer, template, train_file, val_file = machine.together(lambda: prepare(config, machine))
         seq_len = config.seq_len or llama.context_length
         identity = {"data": [file_sha256(file) for file in (train_file, val_file) if file], "tokenizer": tokenizer.fingerprint,
                     "dtype": DTYPE_NAMES[machine.dtype], "first weights": weights_identity(resolve_model_dir(config.init_from))}
         try:
-            resume_from = None if config.show_batch else open_run(
-                config.out, config, resume=config.resume, harmless=config.HARMLESS, identity=identity)  # fmt: skip
+            resume_from = None if config.show_batch else machine.on_main(lambda: open_run(config.out, config, identity=identity))
         except Finished:
             machine.print(f"{config.out} is finished: nothing to do. Talk to it: python chat.py --model {config.out}")
             return {key: value for line in read_metrics(config.out / "metrics.jsonl") for key, value in line.items()}
-        train = Conversations(train_file, tokenizer, template, seq_len, quiet=not machine.main)
-        val = Conversations(val_file, tokenizer, template, seq_len, quiet=True) if val_file else None
+        train = machine.together(lambda: Conversations(train_file, tokenizer, template, seq_len, quiet=not machine.main))
+        val = machine.together(lambda: Conversations(val_file, tokenizer, template, seq_len, quiet=True) if val_file else None)
         pad = tokenizer.eos_id if tokenizer.pad_id is None else tokenizer.pad_id
         batches = Batches(train, seq_len, config.batch_size, config.epochs, config.packing, config.seed, pad, steps=config.steps)
         steps = config.steps or len(batches)
         val_batches = Batches(val, seq_len, config.batch_size, 1, config.packing, None, pad) if val else None
         if config.show_batch:
-            show_batch(batches.tensors(batches[0]), tokenizer)
+            if machine.main:
+                show_batch(batches.tensors(batches.after(0)), tokenizer)
             return {"rows": len(batches.rows)}
 
-        if len(set(machine.gather(str(resume_from)))) > 1:
-            raise UserError(f"the processes find different steps in --out {config.out}: all machines must share that directory")
-        if machine.main:
-            machine.hold(lock_run(config.out))
-        if config.fresh_weights:
-            model = Llama(llama).to(machine.device)
-        else:
-            model = load_model(config.init_from, machine.device, torch.float32, config=llama)
-        torch.manual_seed(config.seed + machine.rank)  # the same weights everywhere, but each rank drops out on its own
+        machine.together(lambda: check_shared(resume_from))
+        machine.on_main(lambda: machine.hold(lock_run(config.out)))
+        parallel = make_parallel(machine, config)
+        model = parallel.build(llama)
         model.checkpointing = config.checkpointing
-        matrices, vectors = ([p for p in model.parameters() if (p.dim() > 1) == wanted] for wanted in (True, False))
+        shapes = model.parameter_shapes()  # a shard's own shape does not tell what it is a part of
+        matrices, vectors = ([p for name, p in model.named_parameters() if (len(shapes[name]) > 1) == wanted] for wanted in (True, False))
         groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-        optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, config.beta2), fused=machine.device.type in ("cpu", "cuda"))
-        state = {"stage": "sft", "step": 0, "skipped": 0, "tokens": 0}
-        if resume_from:
-            state = load_state(resume_from, stage="sft", model=model, optimizer=optimizer, machine=machine)
-        if machine.main and (resume_from is None or resume_from.parent != config.out):
-            start_run(config.out, config, identity, {"parameters": model.num_parameters(), "device": machine.describe(),
-                                                     "torch": torch.__version__, "template": template})  # fmt: skip
-        metrics = Metrics(machine, config.out / "metrics.jsonl", from_step=state["step"])
-
+        optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, config.beta2), fused=supports(machine.device.type, "fused_adamw"))
         per_rank = config.batch_size // machine.world
+        network = parallel.wrap(model, optimizer, clip=config.clip, micro_batch=min(config.micro_batch, per_rank),
+                                micro_batches=math.ceil(per_rank / config.micro_batch))  # fmt: skip
+        state = {"stage": "sft", "step": 0, "rows": 0, "tokens": 0, "skipped": 0, "best": None}
+        torch.manual_seed(config.seed + machine.rank)  # the same weights everywhere, but each rank drops out on its own
+        if resume_from:
+            state = load_state(resume_from, stage="sft", parallel=parallel)
+        else:
+            parallel.fill(model.initial_weights(config.seed) if config.fresh_weights else
+                          model_tensors(resolve_model_dir(config.init_from), llama))  # fmt: skip
+        if resume_from is None or resume_from.parent != config.out or config.resume_anyway:
+            facts = {"parameters": model.num_parameters(), "device": machine.describe(), "torch": torch.__version__, "template": template}
+            machine.on_main(lambda: start_run(config.out, config, identity, facts))
+        metrics = Metrics(machine, config.out / "metrics.jsonl", from_step=state["step"])
+        batch_hash = BatchHash(machine, state.get("batch_hash"))
+
         learned = batches.data.learned.sum() / batches.data.lengths.sum()
         origin = "random numbers" if config.fresh_weights else config.init_from
         machine.print(f"model     {human(model.num_parameters())} parameters from {origin}, template {template}")
@@ -356,11 +359,8 @@ def main(config: Config) -> dict:
                       f"{train.truncated:,} cut to {seq_len} tokens, {train.empty:,} without an answer left out")
         filled = sum(int(train.lengths[i]) for row in batches.rows for i in row) / (len(batches.rows) * seq_len)
         machine.print(f"          {len(batches.rows):,} rows, {filled:.0%} filled; {steps:,} steps of {config.batch_size} rows")
-        machine.print(f"machine   {machine.describe()}; micro-batches of {min(config.micro_batch, per_rank)}"
+        machine.print(f"machine   {machine.describe()}{parallel.describe()}; micro-batches of {min(config.micro_batch, per_rank)}"
                       + (f"; resuming at step {state['step']:,} from {resume_from}" if resume_from else ""))  # fmt: skip
-        if config.compile:
-            model.compile()
-        network = machine.wrap(model)
         network.train()
 
         progress = Progress(machine, metrics, steps=steps, first=state["step"], flops_per_token=model.flops_per_token(seq_len))
@@ -371,60 +371,70 @@ def main(config: Config) -> dict:
             rate = learning_rate(step, steps, config)
             with progress.paused():
                 if step > first and (last or stop or step % config.save_every == 0):
-                    saved = save_state(config.out, step, model=model, tokenizer=tokenizer, optimizer=optimizer,
-                                       machine=machine, progress=state, template=template, keep=config.keep)  # fmt: skip
+                    state["batch_hash"] = batch_hash.total()
+                    saved = save_state(config.out, parallel=parallel, tokenizer=tokenizer, state=state, template=template,
+                                       keep=config.keep, needed=last or stop) or saved  # fmt: skip
                 if stop and not last:
-                    machine.print(f"stopped at step {step:,}; the same command goes on from {saved or 'the start'}")
+                    machine.stopped(step, saved)
                     break
                 if last or step % config.eval_every == 0:
                     title = f"step {step:,}"
                     if val_batches:
-                        result = evaluate(model, val_batches, config, machine)
+                        result = evaluate(model, val_batches, config, parallel)
                         metrics.write(step=step, tokens=state["tokens"], **result)
+                        note_best(state, result["val_loss"], saved)
                         title += f", validation loss {result['val_loss']:.3f}"
-                    if machine.main:
+                    if machine.main or parallel.sharded:
                         questions = (val or train).questions
-                        sample = write_samples(model, tokenizer, template, questions, config.out / "samples.txt", title, machine)
-                        plot_loss(config.out / "metrics.jsonl", config.out / "loss.png", str(config.out))
+                        sample = write_samples(model, tokenizer, template, questions, config.out / "samples.txt", title, parallel)
                         machine.print(f"   {title} │ {sample[:60]}")
+                    if machine.main:
+                        plot_loss(config.out / "metrics.jsonl", config.out / "loss.png", str(config.out))
             if last:
                 break
 
             # ---- one optimizer step: the lesson --------------------------------------------------------------
             for group in optimizer.param_groups:
                 group["lr"] = rate
-            rows = batches[step]
+            rows = batches.after(state["rows"])
             answers = max(1, batches.learned(rows))  # what counts in the whole step, known to every rank without asking
             mine = rows[machine.rank * per_rank : (machine.rank + 1) * per_rank]
             micro_batches = [mine[i : i + config.micro_batch] for i in range(0, per_rank, config.micro_batch)]
             loss = torch.zeros((), device=machine.device)
             for i, micro in enumerate(micro_batches):
-                batch = {k: v.to(machine.device, non_blocking=True) for k, v in batches.tensors(micro).items()}
-                with machine.no_sync(network, i < len(micro_batches) - 1):
-                    with machine.autocast():
+                batch = batches.tensors(micro)
+                batch_hash.add(step, (row[place] for row, place in zip(batch["tokens"].numpy(), (batch["doc_ids"] >= 0).numpy())))
+                batch = {k: v.to(machine.device, non_blocking=True) for k, v in batch.items()}
+                with parallel.micro_batch(network, last=i == len(micro_batches) - 1):
+                    with parallel.autocast():
                         part = network(batch["tokens"], batch["targets"], denominator=answers / machine.world,
                                        doc_ids=batch["doc_ids"], positions=batch["positions"])  # fmt: skip
-                    machine.scaler.scale(part).backward()
+                    parallel.backward(part)
                 loss += part.detach()
-            machine.scaler.unscale_(optimizer)
-            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip)
-            finite = bool(torch.isfinite(norm))
-            if finite:
-                machine.scaler.step(optimizer)
-            machine.scaler.update()
-            optimizer.zero_grad(set_to_none=True)
+            if parallel.engine:  # DeepSpeed's unscales, clips, steps and clears by itself
+                norm, finite = parallel.step()
+            else:
+                machine.scaler.unscale_(optimizer)
+                norm = parallel.clip(config.clip)
+                finite = bool(torch.isfinite(norm))
+                if finite:
+                    machine.scaler.step(optimizer)
+                machine.scaler.update()
+                optimizer.zero_grad(set_to_none=True)
             # ---------------------------------------------------------------------------------------------------
 
             tokens = sum(int(train.lengths[i]) for row in rows for i in row)
-            state["step"], state["tokens"] = step + 1, state["tokens"] + tokens
+            state["step"], state["rows"], state["tokens"] = step + 1, state["rows"] + config.batch_size, state["tokens"] + tokens
             step += 1
-            count_skipped(machine, state, finite, config.out)
+            count_skipped(machine, state, finite, saved)
             progress.step(tokens)
             if step % config.log_every == 0 or step in (first + 1, steps):
-                progress.log(step, tokens=state["tokens"], loss=loss, lr=rate, norm=norm)
+                progress.log(step, tokens=state["tokens"], loss=loss, lr=rate, norm=norm, batch_hash=batch_hash.total())
         progress.bar.close()
-        if last and machine.main:
-            save_model(model, config.out, tokenizer, dtype=DTYPES[config.save_dtype], template=template)
+        if last:
+            save_model(model, config.out, tokenizer, dtype=DTYPES[config.save_dtype], template=template, parallel=parallel)
+            if (best := best_step(config.out, state)) is not None:
+                machine.print(f"best      {best}")
             machine.print(f"done: {config.out}. Next: python chat.py --model {config.out}")
         machine.barrier()
         return metrics.last

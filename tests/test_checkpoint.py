@@ -17,19 +17,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 import checkpoint
-from checkpoint import (
-    is_intact,
-    load_model,
-    load_state,
-    lock_run,
-    newest_step,
-    open_run,
-    save_model,
-    save_state,
-    steps,
-    weights_identity,
-)
+from checkpoint import load_model, load_state, resolve_model_dir, save_model, save_state, weights_identity
 from model import Llama, LlamaConfig
+from parallel import make_parallel
+from runs import is_intact, newest_step, steps
 from runtime import Machine, MachineConfig
 from tokenizer import load_tokenizer
 
@@ -122,109 +113,130 @@ def test_broken_files_are_named(tmp_path, model):
 # ---- training state --------------------------------------------------------------------------------------------------
 
 
-def trained(model: Llama, steps_: int = 2) -> torch.optim.AdamW:
+CPU = MachineConfig(device="cpu", dtype="fp32")
+
+
+def trained(model: Llama, steps_: int = 2):
+    """What a stage holds: the model in one process, its optimizer after a few steps."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, fused=True)
     for _ in range(steps_):
         model(TOKENS, TOKENS).backward()
         optimizer.step()
         optimizer.zero_grad()
-    return optimizer
+    parallel = make_parallel(Machine(CPU), CPU)
+    parallel.wrap(model, optimizer, clip=1.0, micro_batch=1, micro_batches=1)
+    return parallel
 
 
 def test_state_comes_back_exactly(tmp_path, model, tokenizer_dir):
-    tokenizer, machine = load_tokenizer(tokenizer_dir), Machine(MachineConfig(device="cpu", dtype="fp32"))
-    optimizer = trained(model)
+    parallel = trained(model)
     torch.rand(3)
-    save_state(tmp_path, 2, model=model, tokenizer=tokenizer, optimizer=optimizer, machine=machine,
-               progress={"stage": "sft", "step": 2, "x": 5})  # fmt: skip
+    save_state(tmp_path, parallel=parallel, tokenizer=load_tokenizer(tokenizer_dir), state={"stage": "sft", "step": 2, "x": 5})
     expected_random = torch.rand(4)
-    other = Llama(SMALL)
-    fresh = torch.optim.AdamW(other.parameters(), lr=1e-2, fused=True)
+    other = trained(Llama(SMALL), 0)
     step = newest_step(tmp_path)
     assert step.name == "step-000002"
     with pytest.raises(UserError, match=r"a step of sft\.py"):
-        load_state(step, stage="pretrain", model=other, optimizer=fresh, machine=machine)
-    assert load_state(step, stage="sft", model=other, optimizer=fresh, machine=machine) == {"stage": "sft", "step": 2, "x": 5}
+        load_state(step, stage="pretrain", parallel=other)
+    assert load_state(step, stage="sft", parallel=other) == {"stage": "sft", "step": 2, "x": 5}
     assert torch.equal(torch.rand(4), expected_random)
-    for continued in ((model, optimizer), (other, fresh)):
-        continued[0](TOKENS, TOKENS).backward()
-        continued[1].step()
-    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
+    for continued in (parallel, other):
+        continued.model(TOKENS, TOKENS).backward()
+        continued.optimizer.step()
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.model.parameters(), strict=True))
     assert transformers.AutoModelForCausalLM.from_pretrained(step).num_parameters() == model.num_parameters()
 
 
-def test_damaged_steps_are_passed_over_and_old_ones_go(tmp_path, model, tokenizer_dir, capsys):
-    tokenizer, machine = load_tokenizer(tokenizer_dir), Machine(MachineConfig(device="cpu", dtype="fp32"))
-    optimizer = trained(model)
-    for step in (1, 2, 3):
-        save_state(tmp_path, step, model=model, tokenizer=tokenizer, optimizer=optimizer, machine=machine, progress={"step": step}, keep=2)
-    assert [step.name for step in steps(tmp_path)] == ["step-000002", "step-000003"]
-    weights = tmp_path / "step-000003" / "model.safetensors"
-    data = bytearray(weights.read_bytes())
-    data[-1] ^= 1  # one flipped bit, same size
-    weights.write_bytes(data)
-    assert not is_intact(tmp_path / "step-000003")
-    assert newest_step(tmp_path).name == "step-000002"
-    assert "step-000003 is incomplete or damaged" in capsys.readouterr().err
-    (tmp_path / "step-000002" / "optimizer.safetensors").unlink()
-    assert newest_step(tmp_path) is None
+def test_a_step_of_another_model_or_format_is_refused(tmp_path, model, tokenizer_dir):
+    step = save_state(tmp_path, parallel=trained(model), tokenizer=load_tokenizer(tokenizer_dir), state={"stage": "sft", "step": 2})
+    larger = trained(Llama(dataclasses.replace(SMALL, num_hidden_layers=3, intermediate_size=40)), 0)
+    with pytest.raises(UserError, match=r"another model: intermediate_size 48 instead of 40, num_hidden_layers 2 instead of 3"):
+        load_state(step, stage="sft", parallel=larger)
+    (step / "state.json").write_text(json.dumps({"stage": "sft", "step": 2}))
+    with pytest.raises(UserError, match=r"an older Cria wrote this .* --init-from"):
+        load_state(step, stage="sft", parallel=trained(model, 0))
 
 
-def test_full_disk_leaves_the_last_step_whole(tmp_path, model, tokenizer_dir):
+def test_tensors_may_lie_in_many_files(tmp_path, model, tokenizer_dir, monkeypatch):
+    monkeypatch.setattr(checkpoint, "SHARD_BYTES", 30_000)
+    parallel, other = trained(model), trained(Llama(SMALL), 0)
+    step = save_state(tmp_path, parallel=parallel, tokenizer=load_tokenizer(tokenizer_dir), state={"stage": "sft", "step": 2})
+    assert len(list(step.glob("model-*.safetensors"))) > 2 and len(list(step.glob("optimizer-*.safetensors"))) > 4
+    load_state(step, stage="sft", parallel=other)
+    for parameter, same in zip(model.parameters(), other.model.parameters(), strict=True):
+        assert torch.equal(parameter, same)
+        for key, value in parallel.optimizer.state[parameter].items():
+            assert torch.equal(value, other.optimizer.state[same][key])
+
+
+def test_no_flipped_or_cut_byte_is_ever_loaded(tmp_path, model, tokenizer_dir, capsys):
+    """Every file of a checkpoint in turn: a flipped bit at either end and in the middle, a cut, the file gone."""
+    parallel, tokenizer = trained(model), load_tokenizer(tokenizer_dir)
+    for number in (1, 2):
+        save_state(tmp_path, parallel=parallel, tokenizer=tokenizer, state={"stage": "sft", "step": number})
+    older, step = steps(tmp_path)
+    files = [*json.loads((step / "manifest.json").read_text())["files"], "manifest.json"]
+    assert {"model.safetensors", "optimizer.safetensors", "random.safetensors", "state.json", "config.json"} < set(files)
+    for name in files:
+        whole = (step / name).read_bytes()
+
+        def flipped(at: int, whole: bytes = whole) -> bytes:
+            return whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :]
+
+        for damaged in (flipped(0), flipped(len(whole) // 2), flipped(len(whole) - 2), whole[:-3], b"", None):
+            if damaged is None:
+                (step / name).unlink()
+            else:
+                (step / name).write_bytes(damaged)
+            if name == "manifest.json" and is_intact(step):  # a flip in its white space says nothing else than before
+                assert json.loads(damaged) == json.loads(whole)
+            else:
+                assert newest_step(tmp_path) == older and f"{step} is incomplete or damaged" in capsys.readouterr().err, name
+                if damaged is not None and not name.startswith(("optimizer", "random", "state", "manifest")):
+                    with pytest.raises(UserError, match="is damaged"):
+                        resolve_model_dir(step)
+        (step / name).write_bytes(whole)
+    assert newest_step(tmp_path) == step
+
+
+def test_only_the_newest_steps_and_the_best_stay(tmp_path, model, tokenizer_dir, capsys):
+    parallel, tokenizer = trained(model), load_tokenizer(tokenizer_dir)
+    for step in range(1, 6):
+        state = {"stage": "sft", "step": step, "best": {"step": 2, "val_loss": 1.0} if step > 2 else None}
+        save_state(tmp_path, parallel=parallel, tokenizer=tokenizer, state=state, keep=2)
+    assert [step.name for step in steps(tmp_path)] == ["step-000002", "step-000004", "step-000005"]
+    (tmp_path / "step-000005" / "optimizer.safetensors").unlink()
+    (tmp_path / ".step-000007.partial").mkdir()  # a kill left it there
+    assert newest_step(tmp_path).name == "step-000004"
+    save_state(tmp_path, parallel=parallel, tokenizer=tokenizer, state={"stage": "sft", "step": 5}, keep=2)
+    assert newest_step(tmp_path).name == "step-000005"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-000004", "step-000005"]
+
+
+def test_full_disk_leaves_the_last_step_whole(tmp_path, model, tokenizer_dir, monkeypatch, capsys):
     """On a real full disk: a 1 MiB tmpfs, where the user may mount one."""
     disk = tmp_path / "disk"
     disk.mkdir()
     if os.name != "posix" or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", disk], capture_output=True).returncode:
         pytest.skip("needs the right to mount a tmpfs")
     try:
-        tokenizer, machine = load_tokenizer(tokenizer_dir), Machine(MachineConfig(device="cpu", dtype="fp32"))
-        optimizer = trained(model)
-        save_state(disk, 1, model=model, tokenizer=tokenizer, optimizer=optimizer, machine=machine, progress={"step": 1})
+        parallel, tokenizer = trained(model), load_tokenizer(tokenizer_dir)
+        monkeypatch.setattr(checkpoint, "SMALL_FILES", 0)
+        save_state(disk, parallel=parallel, tokenizer=tokenizer, state={"stage": "sft", "step": 1})
         (disk / "ballast").write_bytes(b"x" * (shutil.disk_usage(disk).free - 150_000))
-        with pytest.raises(OSError) as error:
-            save_state(disk, 2, model=model, tokenizer=tokenizer, optimizer=optimizer, machine=machine, progress={"step": 2})
+        second = dict(parallel=parallel, tokenizer=tokenizer, state={"stage": "sft", "step": 2})
+        assert save_state(disk, **second) is None  # noticed before anything is written
+        assert "a checkpoint takes 0.00 GB: step 2 is not saved" in capsys.readouterr().out
+        with pytest.raises(UserError, match=r"free some space\. The newest checkpoint is .*step-000001"):
+            save_state(disk, **second, needed=True)
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 0, 10**9))
+        with pytest.raises(OSError) as error:  # it fills up while the step is being written
+            save_state(disk, **second)
         assert error.value.errno == errno.ENOSPC
         assert newest_step(disk).name == "step-000001"
         assert sorted(p.name for p in disk.iterdir()) == ["ballast", "step-000001"]
     finally:
         subprocess.run(["umount", disk], check=True)
-
-
-@dataclasses.dataclass(frozen=True)
-class Settings:
-    lr: float = 1.0
-    keep: int = 2
-
-
-def test_open_run_refuses_what_is_not_this_run(tmp_path):
-    arguments = dict(resume="auto", harmless={"keep"}, identity={"data": "abc"})
-    assert open_run(tmp_path / "new", Settings(), **arguments) is None
-    (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(UserError, match="not a run of ours"):
-        open_run(tmp_path, Settings(), **arguments)
-    (tmp_path / "args.json").write_text(json.dumps({"lr": 1.0, "keep": 2, "run": {"identity": {"data": "abc"}}}))
-    assert open_run(tmp_path, Settings(lr=2.0), **arguments) is None  # it ended before there was anything to keep
-    (tmp_path / "step-000001").mkdir()  # from here on there is something to lose, if only a torn step
-    assert open_run(tmp_path, Settings(keep=9), **arguments) is None
-    with pytest.raises(UserError, match=r"--lr was 1.0 and is 2.0"):
-        open_run(tmp_path, Settings(lr=2.0), **arguments)
-    with pytest.raises(UserError, match="data has changed"):
-        open_run(tmp_path, Settings(), **{**arguments, "identity": {"data": "xyz"}})
-    with pytest.raises(UserError, match="already holds a run"):
-        open_run(tmp_path, Settings(), **{**arguments, "resume": "never"})
-    with pytest.raises(UserError, match="no intact step"):
-        open_run(tmp_path, Settings(), **{**arguments, "resume": str(tmp_path / "step-000009")})
-    for out in (tmp_path / "notes.txt", tmp_path / "notes.txt" / "deeper"):
-        with pytest.raises(UserError, match=r"notes\.txt is not a directory"):
-            open_run(out, Settings(), **arguments)
-
-
-def test_a_run_belongs_to_one_process_at_a_time(tmp_path):
-    held = lock_run(tmp_path / "run")
-    with pytest.raises(UserError, match="another process is training in"):
-        lock_run(tmp_path / "run")
-    held.close()
-    lock_run(tmp_path / "run").close()
 
 
 def test_other_weights_have_another_identity(tmp_path, model):

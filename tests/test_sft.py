@@ -18,8 +18,9 @@ from tokenizers_at_hand import poem
 import sft
 from checkpoint import load_model, save_model
 from model import IGNORE, Llama, LlamaConfig
+from parallel import make_parallel
 from progress import read_metrics
-from runtime import Machine, MachineConfig
+from runtime import Machine
 from sft import Batches, Config, Conversations, main, pack, truncate
 from tokenizer import load_tokenizer
 
@@ -108,9 +109,9 @@ def test_packing_puts_every_conversation_in_one_row_and_fills_them():
 def test_packed_loss_equals_padded_loss_equals_each_alone(base_dir, chats, template):
     tokenizer, model = load_tokenizer(base_dir), load_model(base_dir)
     data = Conversations(chats / "val.jsonl", tokenizer, template, 64)
-    machine = Machine(MachineConfig(device="cpu", dtype="fp32"))
-    config = Config(micro_batch=3)
-    packed, padded = (sft.evaluate(model, Batches(data, 64, 4, 1, packing, None, 0), config, machine)["val_loss"]
+    config = Config(micro_batch=3, device="cpu", dtype="fp32")
+    parallel = make_parallel(Machine(config), config)
+    packed, padded = (sft.evaluate(model, Batches(data, 64, 4, 1, packing, None, 0), config, parallel)["val_loss"]
                       for packing in (True, False))  # fmt: skip
     nats = 0.0
     for _, messages in sft.read_messages(chats / "val.jsonl"):
@@ -124,10 +125,10 @@ def test_packed_loss_equals_padded_loss_equals_each_alone(base_dir, chats, templ
 def test_every_conversation_is_read_once_per_epoch_and_the_last_batch_is_filled_with_nothing(base_dir, chats):
     data = Conversations(chats / "train.jsonl", load_tokenizer(base_dir), "baby", 64)
     batches = Batches(data, 64, 7, 2, True, 1, 0)
-    read = [i for step in range(len(batches)) for row in batches[step] for i in row]
+    read = [i for step in range(len(batches)) for row in batches.after(step * 7) for i in row]
     assert sorted(read) == sorted(list(range(52)) * 2)
     assert read[:52] != read[52:]
-    last = batches[len(batches) - 1]
+    last = batches.after((len(batches) - 1) * 7)
     assert len(last) == 7 and batches.tensors(last)["tokens"].shape == (7, 64)
     empty = batches.tensors([[], []])
     assert (empty["targets"] == IGNORE).all()
@@ -135,7 +136,7 @@ def test_every_conversation_is_read_once_per_epoch_and_the_last_batch_is_filled_
     assert len(Batches(data, 64, 7, 0.001, False, 1, 0).rows) == 1
     for seed in range(5):  # epochs pack differently: enough of them, whatever the seed
         many = Batches(data, 64, 4, 1, True, seed, 0, steps=150)
-        assert all(row for step in range(150) for row in many[step])
+        assert all(row for step in range(150) for row in many.after(step * 4))
 
 
 def test_evaluating_more_often_changes_nothing(settings):

@@ -1,0 +1,345 @@
+"""Several devices, one model. Three ways to share the work, behind one small interface:
+
+    Replicated    one process, or DDP: every device holds everything; gradients are averaged once per optimizer step
+    Sharded       --fsdp: weights, gradients and optimizer are shared out (ZeRO stage 3); a block's weights are gathered
+                  right before it computes and dropped after. torch's own fully_shard, no extra package
+    DeepSpeed     --deepspeed 1|2|3|FILE.json: ZeRO by the deepspeed package; --offload moves state to the host's memory
+
+    parallel = make_parallel(machine, config)
+    model = parallel.build(llama)                         # memory is there, values are not
+    network = parallel.wrap(model, optimizer, ...)        # what the loop calls
+    parallel.fill(tensors)                                # whole tensors in, one at a time
+
+A checkpoint is the same file whoever wrote it: `read` gives back a whole tensor by name and `write` takes one, whatever part of
+it lives on this device. So a run may go on under another strategy, on another number of devices.
+"""
+
+from __future__ import annotations
+
+from settings import UserError, read_json
+
+import contextlib
+import functools
+import logging
+import os
+import warnings
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+import devices
+from model import Llama, LlamaConfig
+from runtime import Machine, MachineConfig
+
+
+def strategy_problems(config: MachineConfig) -> list[str]:
+    """What is wrong with the flags that choose a strategy."""
+    found = []
+    if config.deepspeed is not None and config.deepspeed not in ("1", "2", "3"):
+        if Path(config.deepspeed).suffix != ".json":
+            found.append(f"--deepspeed takes 1, 2, 3 or a FILE.json, not {config.deepspeed}")
+        elif not Path(config.deepspeed).is_file():
+            found.append(f"--deepspeed {config.deepspeed} does not exist")
+    if config.deepspeed is not None and config.fsdp:
+        found.append("--fsdp and --deepspeed are two ways to do the same; choose one")
+    if config.offload and config.deepspeed is None:
+        found.append("--offload needs --deepspeed 2 or 3")
+    return found
+
+
+def make_parallel(machine: Machine, config: MachineConfig):
+    kind = DeepSpeed if config.deepspeed else Sharded if config.fsdp else Replicated
+    return kind(machine, config)
+
+
+class Replicated:
+    """Every device holds the whole model; with several processes DDP averages the gradients."""
+
+    sharded = False  # whether forward needs all ranks
+    engine = None  # DeepSpeed's, which unscales, clips, steps and clears by itself
+
+    def __init__(self, machine: Machine, config: MachineConfig):
+        self.machine, self.config = machine, config
+
+    def describe(self) -> str:
+        return ", DDP" if self.machine.world > 1 else ""
+
+    def build(self, llama: LlamaConfig) -> Llama:
+        """The model, its parameters on the device in fp32 but without values: see fill()."""
+        with torch.device("meta"):
+            model = Llama(llama)
+        return model.to_empty(device=self.machine.device)
+
+    def wrap(self, model: Llama, optimizer: torch.optim.Optimizer, *, clip: float, micro_batch: int, micro_batches: int) -> nn.Module:
+        """What the loop calls to get a loss. `clip`, `micro_batch` and the number of micro-batches per step and rank are for
+        DeepSpeed, which wants to know them."""
+        self.model, self.optimizer = model, optimizer
+        if self.machine.compile:
+            self._compile(model)
+        if self.machine.world == 1:
+            return model
+        ids = [self.machine.device.index] if self.machine.device.index is not None else None
+        return nn.parallel.DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)
+
+    def _compile(self, model: Llama) -> None:
+        model.compile()
+
+    # ---- one step --------------------------------------------------------------------------------------------------
+
+    def autocast(self):
+        return self.machine.autocast()
+
+    @contextlib.contextmanager
+    def micro_batch(self, network: nn.Module, last: bool):
+        """Around forward and backward: gradients stay local until the last micro-batch, so one all-reduce per step."""
+        with network.no_sync() if not last and self.machine.world > 1 else contextlib.nullcontext():
+            yield
+
+    def backward(self, loss: Tensor) -> None:
+        self.machine.scaler.scale(loss).backward()
+
+    def clip(self, most: float) -> Tensor:
+        """Scale the gradients down to this norm; returns the norm they had, a tensor [] on every rank."""
+        return nn.utils.clip_grad_norm_(self.model.parameters(), most)
+
+    # ---- whole tensors ---------------------------------------------------------------------------------------------
+
+    @functools.cached_property
+    def parameters(self) -> dict[str, nn.Parameter]:
+        return dict(self.model.named_parameters())
+
+    def fill(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
+        """Give the parameters their values: (name, whole tensor) of each, the same on every rank."""
+        for name, tensor in tensors:
+            self.write(name, tensor)
+
+    def state_keys(self) -> list[str]:
+        """What the optimizer keeps for each parameter: exp_avg, exp_avg_sq, step … Nothing before its first step."""
+        states = list(self.optimizer.state.values())
+        return list(states[0]) if states else []
+
+    def read(self, name: str, key: str | None = None) -> Tensor:
+        """A whole parameter in fp32, or what the optimizer keeps for it under `key`. All ranks call it in the same order."""
+        parameter = self.parameters[name]
+        return self._whole(parameter.detach() if key is None else self.optimizer.state[parameter][key])
+
+    @torch.no_grad()
+    def write(self, name: str, tensor: Tensor, key: str | None = None) -> None:
+        """The opposite of read. Every rank passes the whole tensor and keeps its part."""
+        parameter = self.parameters[name]
+        if key is None:
+            parameter.copy_(self._part(tensor, parameter))
+        elif key == "step":  # the fused kernel wants its counter beside the parameters, the plain one on the CPU
+            fused = self.optimizer.defaults.get("fused")
+            self.optimizer.state[parameter][key] = tensor.to(self.machine.device if fused else "cpu")
+        else:
+            self.optimizer.state[parameter][key] = self._part(tensor, parameter).to(parameter.device)
+
+    def _whole(self, tensor: Tensor) -> Tensor:
+        return tensor
+
+    def _part(self, tensor: Tensor, like: nn.Parameter) -> Tensor:
+        return tensor
+
+
+class Sharded(Replicated):
+    """torch's fully_shard around every block and around the rest (embedding, last norm, head). Compute dtype is bf16 where the
+    hardware has it; shards, gradients and their reduction stay fp32."""
+
+    sharded = True
+
+    def describe(self) -> str:
+        return ", FSDP"
+
+    def build(self, llama: LlamaConfig) -> Llama:
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+        with torch.device("meta"):
+            model = Llama(llama)
+        mesh = init_device_mesh(self.machine.device.type, (self.machine.world,))
+        low = None if self.machine.dtype == torch.float32 else self.machine.dtype
+        policy = MixedPrecisionPolicy(param_dtype=low, reduce_dtype=torch.float32, cast_forward_inputs=False)
+        for block in model.model.layers:
+            fully_shard(block, mesh=mesh, mp_policy=policy)
+        fully_shard(model, mesh=mesh, mp_policy=policy)
+        return model.to_empty(device=self.machine.device)
+
+    def wrap(self, model: Llama, optimizer: torch.optim.Optimizer, **_) -> Llama:
+        self.model, self.optimizer = model, optimizer
+        if self.machine.compile:
+            self._compile(model)
+        return model
+
+    def _compile(self, model: Llama) -> None:
+        for block in model.model.layers:  # between blocks stand the gathers, which no graph holds
+            block.compile()
+
+    @contextlib.contextmanager
+    def micro_batch(self, network: nn.Module, last: bool):
+        """Gradients are reduced after every micro-batch: to keep them local would take a whole model's gradients per device."""
+        yield
+
+    def clip(self, most: float) -> Tensor:
+        return super().clip(most).full_tensor()
+
+    def _whole(self, tensor: Tensor) -> Tensor:
+        return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+    def _part(self, tensor: Tensor, like: nn.Parameter) -> Tensor:
+        from torch.distributed.tensor import distribute_tensor
+
+        # src_data_rank None: every rank has the whole tensor, nothing needs to be sent
+        return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
+
+
+class DeepSpeed(Replicated):
+    """ZeRO. Stage 1 shares out the optimizer, 2 the gradients too, 3 the weights too. Precision, batch, accumulation and clipping
+    come from our flags, optimizer and schedule are ours; a FILE.json adds what it likes beside them.
+
+    bf16 at stages 2 and 3: bf16 weights, fp32 masters, fp32 accumulation. At stage 1 DeepSpeed would accumulate in bf16, so weights
+    stay fp32 there under autocast, as with DDP. fp16 is refused: its loss scaling there could not be compared with ours.
+    """
+
+    def __init__(self, machine: Machine, config: MachineConfig):
+        super().__init__(machine, config)
+        if machine.dtype == torch.float16:
+            raise UserError("--deepspeed computes in bf16 or fp32; for fp16 (--dtype, or what this device does best) use --fsdp")
+        os.environ.setdefault("DS_ACCELERATOR", machine.device.type)
+        os.environ.setdefault("LOCAL_RANK", "0")
+        try:
+            import deepspeed
+        except ImportError as error:
+            raise UserError(f"--deepspeed needs that package ({error}): DS_BUILD_OPS=0 pip install deepspeed, or use --fsdp, which "
+                            "shares out the same with torch alone") from None  # fmt: skip
+        self.deepspeed = deepspeed
+        logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+        warnings.filterwarnings("ignore", "`torch.distributed", FutureWarning)  # names that DeepSpeed still calls
+        if machine.device.type == "cpu":  # else its first start compiles a shared-memory reduction for a minute and a half
+            import deepspeed.ops
+
+            deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        deepspeed.init_distributed(devices.backend(machine.device.type), auto_mpi_discovery=False, verbose=False)
+        given = {} if config.deepspeed in ("1", "2", "3") else read_json(config.deepspeed)
+        stage = int(config.deepspeed) if not given else given.get("zero_optimization", {}).get("stage", 0)
+        if stage not in (1, 2, 3):
+            raise UserError(f'--deepspeed {config.deepspeed}: "zero_optimization" must name "stage" 1, 2 or 3, not {stage}')
+        self.stage, self.given, self.sharded = stage, given, stage == 3
+
+    def describe(self) -> str:
+        return f", DeepSpeed ZeRO-{self.stage}" + ", offloaded to host memory" * self.config.offload
+
+    def build(self, llama: LlamaConfig) -> Llama:
+        if self.stage < 3:
+            return super().build(llama)
+        # Each weight is shared out as soon as it is made: no process ever holds the whole model.
+        with self.deepspeed.zero.Init(config_dict_or_path=self._settings(clip=1.0, micro_batch=1, micro_batches=1)):
+            return Llama(llama, init=False)
+
+    def wrap(self, model: Llama, optimizer: torch.optim.Optimizer, **numbers) -> nn.Module:
+        settings = self._settings(**numbers)
+        self.engine, self.zero, _, _ = self.deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
+        self.model, self.optimizer = self.engine.module, optimizer
+        return self.engine
+
+    def _settings(self, *, clip: float, micro_batch: int, micro_batches: int) -> dict:
+        """DeepSpeed's configuration. Raises UserError where the file sets what our flags decide."""
+        ours = {"train_micro_batch_size_per_gpu": micro_batch, "gradient_accumulation_steps": micro_batches,
+                "train_batch_size": micro_batch * micro_batches * self.machine.world, "gradient_clipping": clip}  # fmt: skip
+        if self.machine.dtype == torch.bfloat16 and self.stage == 1:
+            ours["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
+        elif self.machine.dtype == torch.bfloat16:
+            ours |= {"bf16": {"enabled": True, "check_grad_overflow": True}, "data_types": {"grad_accum_dtype": "fp32"}}
+        foreign = [key for key in ("optimizer", "scheduler", "amp", "bf16", "fp16", "torch_autocast", *ours)
+                   if self.given.get(key, "auto") != "auto" and not (key in ours and _agrees(self.given[key], ours[key]))]  # fmt: skip
+        if foreign:
+            raise UserError(f"--deepspeed {self.config.deepspeed} sets {', '.join(foreign)}, which Cria's own flags decide (--batch-size, "
+                            "--micro-batch, --clip, --dtype, --lr …): take them out of the file, or write \"auto\"")  # fmt: skip
+        zero = {"stage": self.stage, **self.given.get("zero_optimization", {})}
+        if self.config.offload:
+            zero.setdefault("offload_optimizer", {"device": "cpu", "pin_memory": self.machine.device.type == "cuda"})
+            if self.stage == 3:
+                zero.setdefault("offload_param", {"device": "cpu", "pin_memory": self.machine.device.type == "cuda"})
+        rest = {key: value for key, value in self.given.items() if value != "auto"}
+        return {"steps_per_print": 2**62, "zero_force_ds_cpu_optimizer": False, **rest, **ours, "zero_optimization": zero}
+
+    def autocast(self):
+        return self.machine.autocast() if self.stage == 1 else contextlib.nullcontext()
+
+    @contextlib.contextmanager
+    def micro_batch(self, network: nn.Module, last: bool):
+        self.engine.set_gradient_accumulation_boundary(last)
+        yield
+
+    def backward(self, loss: Tensor) -> None:
+        self.engine.backward(loss, scale_wrt_gas=False)  # our loss is divided by the tokens of the whole step already
+
+    def step(self) -> tuple[Tensor, bool]:
+        """Clip, step, clear. Returns the norm and whether the step was taken: DeepSpeed skips one that is not finite."""
+        self.engine.step()
+        norm = torch.as_tensor(float(self.engine.get_global_grad_norm()))
+        return norm, bool(self.engine.was_step_applied())
+
+    # ---- whole tensors ---------------------------------------------------------------------------------------------
+    # Stage 3 has functions for this. At stages 1 and 2 each rank owns a slice of one flat fp32 vector per parameter group, and a
+    # parameter knows which part of it lies there (_hp_mapping).
+
+    def state_keys(self) -> list[str]:
+        states = [state for state in self.zero.optimizer.state.values() if state]
+        return list(states[0]) if states else []
+
+    def read(self, name: str, key: str | None = None) -> Tensor:
+        parameter = self.parameters[name]
+        if key == "step":
+            return next(iter(self.zero.optimizer.state.values()))["step"].detach().cpu().float().reshape(()).clone()
+        if self.stage == 3:
+            return self.zero.get_full_hp_param(parameter, key).view(parameter.ds_shape)
+        whole = torch.zeros(parameter.numel(), device=self.machine.device)
+        if (slice_of := parameter._hp_mapping) is not None:
+            here, there = slice_of.lp_fragment_address, slice_of.hp_fragment_address
+            whole[here.start : here.start + here.numel] = self._flat(slice_of, key).narrow(0, there.start, there.numel)
+        dist.all_reduce(whole)
+        return whole.view(parameter.shape)
+
+    @torch.no_grad()
+    def write(self, name: str, tensor: Tensor, key: str | None = None) -> None:
+        parameter, tensor = self.parameters[name], tensor.to(self.machine.device)
+        if key is not None:
+            for flat in self._flat_vectors():  # not there before the first step
+                state = self.zero.optimizer.state[flat]
+                if key == "step":  # one counter for all that share a flat vector
+                    state[key] = tensor.to(flat.device if self.optimizer.defaults.get("fused") else "cpu", copy=True)
+                elif key not in state:
+                    state[key] = torch.zeros_like(flat)
+        if key == "step":
+            return
+        if key is None and self.stage == 3:
+            with self.deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
+                parameter.copy_(tensor)
+        elif key is None:
+            parameter.copy_(tensor)
+        if self.stage == 3:
+            self.zero.set_full_hp_param(tensor.float(), parameter, key)
+        elif (slice_of := parameter._hp_mapping) is not None:
+            here, there = slice_of.lp_fragment_address, slice_of.hp_fragment_address
+            target = self._flat(slice_of, key).narrow(0, there.start, there.numel)
+            target.copy_(tensor.flatten().narrow(0, here.start, here.numel))
+
+    def _flat_vectors(self) -> list[Tensor]:
+        """This rank's fp32 weights, one flat vector per parameter group."""
+        return self.zero.fp32_partitioned_groups_flat if self.stage == 3 else self.zero.single_partition_of_fp32_groups
+
+    def _flat(self, slice_of, key: str | None) -> Tensor:
+        """The flat vector of weights in which a slice lies, or of what the optimizer keeps for them."""
+        weights = self._flat_vectors()[slice_of.param_group_index]
+        return weights.detach() if key is None else self.zero.optimizer.state[weights][key]
+
+
+def _agrees(given, ours) -> bool:
+    """Whether a file says what we say; of an object, what we say of it."""
+    if isinstance(given, dict) and isinstance(ours, dict):
+        return all(given.get(key) == value for key, value in ours.items())
+    return given == ours
