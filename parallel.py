@@ -253,8 +253,8 @@ class DeepSpeed(Replicated):
             ours["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
         elif self.machine.dtype == torch.bfloat16:
             ours |= {"bf16": {"enabled": True, "check_grad_overflow": True}, "data_types": {"grad_accum_dtype": "fp32"}}
-        foreign = [key for key in ("optimizer", "scheduler", "amp", "bf16", "fp16", "torch_autocast", *ours)
-                   if self.given.get(key, "auto") != "auto" and not (key in ours and _agrees(self.given[key], ours[key]))]  # fmt: skip
+        decided = dict.fromkeys(("optimizer", "scheduler", "amp", "bf16", "fp16", "torch_autocast", *ours))
+        foreign = [key for key in decided if not _agrees(self.given.get(key, "auto"), ours.get(key))]
         if foreign:
             raise UserError(f"--deepspeed {self.config.deepspeed} sets {', '.join(foreign)}, which Cria's own flags decide (--batch-size, "
                             "--micro-batch, --clip, --dtype, --lr …): take them out of the file, or write \"auto\"")  # fmt: skip
@@ -339,7 +339,7 @@ class DeepSpeed(Replicated):
 
 
 def _agrees(given, ours) -> bool:
-    """Whether a file says what we say; of an object, what we say of it."""
-    if isinstance(given, dict) and isinstance(ours, dict):
-        return all(given.get(key) == value for key, value in ours.items())
-    return given == ours
+    """Whether what a file says of something is what we say, or nothing."""
+    if isinstance(given, dict) and (ours is None or isinstance(ours, dict)):
+        return all(_agrees(value, (ours or {"enabled": False}).get(key)) for key, value in given.items())
+    return given == "auto" or given == ours

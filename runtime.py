@@ -117,8 +117,10 @@ class Machine:
             signal.signal(number, handler)
         for file in self._held:
             file.close()
-        if error is None and self.distributed:
-            dist.destroy_process_group()
+        if self.distributed:
+            settings.process_groups.append(dist.group.WORLD)
+            if error is None:
+                dist.destroy_process_group()
         if self.world > 1 and isinstance(error, RuntimeError) and LOST.search(str(error)):
             raise LostContact(f"lost the connection to another process ({_first_line(error)}): it died, was killed, or its machine or the "
                               "network went down; its own message, if it left one, says why. The same command on all machines goes "

@@ -140,6 +140,10 @@ def command_line(main, config_class, argv=None, *, description: str = "", comman
             main, config_class, description = commands[name]
             argv, prog = argv[1:], f"{prog} {name}"
         main(parse_config(config_class, argv, description=description, prog=prog))
+    if process_groups:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -153,6 +157,9 @@ def command_line(main, config_class, argv=None, *, description: str = "", comman
 
 PATIENCE = 5.0  # seconds that a process waits for another one to speak first
 being_ended = False  # SIGTERM has come: set below while waiting, and by the signal handler of a stage
+# torch's process groups of this process, kept until its end and never taken apart: their destructor waits for a thread that may
+# wait for the interpreter, which the destructor holds.
+process_groups: list = []
 
 
 @contextlib.contextmanager
