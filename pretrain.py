@@ -248,8 +248,8 @@ def main(config: Config) -> dict:
             machine.print(f"{config.out} is finished: nothing to do. Talk to it: python chat.py --model {config.out}")
             return {key: value for line in read_metrics(config.out / "metrics.jsonl") for key, value in line.items()}
         machine.together(lambda: check_shared(resume_from))
-        machine.on_main(lambda: machine.hold(lock_run(config.out)))
         parallel = make_parallel(machine, config)
+        machine.on_main(lambda: machine.hold(lock_run(config.out)))
         model = parallel.build(llama)
         model.checkpointing = config.checkpointing
         optimizer = make_optimizer(model, config, machine)

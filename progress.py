@@ -80,6 +80,7 @@ class Progress:
         self.clock, self.tokens, self.since = time.perf_counter(), 0, first
         self.waited, self.losses = 0.0, deque(maxlen=50)
         self.bar = tqdm(total=steps, initial=first, unit="step", disable=None if machine.main else True, dynamic_ncols=True)
+        machine.hold(self.bar)
 
     @contextlib.contextmanager
     def paused(self):

@@ -113,30 +113,32 @@ class Machine:
         return self
 
     def __exit__(self, kind, error, traceback) -> None:
-        for number, handler in self._old_handlers.items():
-            signal.signal(number, handler)
         for file in self._held:
             file.close()
         if self.distributed:
             settings.process_groups.append(dist.group.WORLD)
             if error is None:
                 dist.destroy_process_group()
+        if error is None or self.world == 1:  # else this process is about to end, and how is for clean_exit to say
+            for number, handler in self._old_handlers.items():
+                signal.signal(number, handler)
         if self.world > 1 and isinstance(error, RuntimeError) and LOST.search(str(error)):
             raise LostContact(f"lost the connection to another process ({_first_line(error)}): it died, was killed, or its machine or the "
                               "network went down; its own message, if it left one, says why. The same command on all machines goes "
                               "on from the last checkpoint") from error  # fmt: skip
 
     def hold(self, file) -> None:
-        """Keep a file open (a lock, say) until the stage ends."""
+        """Keep something open until the stage ends, however it ends: a lock, a progress bar."""
         self._held.append(file)
 
     # ---- stopping --------------------------------------------------------------------------------------------------
 
     def _on_signal(self, number, frame) -> None:
+        # One Ctrl-C may arrive twice, from the terminal and from a launcher; a second one is meant a moment later, and comes
+        # through torchrun as SIGTERM.
+        if self._interrupted and time.monotonic() - self._interrupted > 1:
+            raise KeyboardInterrupt
         if number == signal.SIGINT:
-            # A terminal and torchrun may both deliver one Ctrl-C; a second one a moment later is meant.
-            if self._interrupted and time.monotonic() - self._interrupted > 1:
-                raise KeyboardInterrupt
             self._interrupted = self._interrupted or time.monotonic()
         if not self._stop and self.main:
             print("\nfinishing this step and saving; Ctrl-C again quits at once", file=sys.stderr, flush=True)

@@ -328,8 +328,8 @@ def main(config: Config) -> dict:
             return {"rows": len(batches.rows)}
 
         machine.together(lambda: check_shared(resume_from))
-        machine.on_main(lambda: machine.hold(lock_run(config.out)))
         parallel = make_parallel(machine, config)
+        machine.on_main(lambda: machine.hold(lock_run(config.out)))
         model = parallel.build(llama)
         model.checkpointing = config.checkpointing
         shapes = model.parameter_shapes()  # a shard's own shape does not tell what it is a part of

@@ -196,15 +196,17 @@ def test_fresh_weights_are_the_control(settings):
 
 
 @pytest.mark.slow
-def test_two_processes_equal_one(settings):
+@pytest.mark.parametrize("way", [[], ["--fsdp"]], ids=str)
+def test_two_processes_equal_one(settings, way):
     main(Config(**settings))
     other = {**settings, "out": settings["out"].with_name("two")}
-    process = run("sft.py", *flags(other), torchrun=2)
+    process = run("sft.py", *flags(other), *way, torchrun=2)
     _, err = process.communicate(timeout=300)
     assert process.returncode == 0, err
     assert losses(other["out"]) == pytest.approx(losses(settings["out"]), abs=1e-5)
-    ours, theirs = (read_metrics(s["out"] / "metrics.jsonl")[-1]["val_loss"] for s in (settings, other))
-    assert ours == pytest.approx(theirs, abs=1e-5)
+    ours, theirs = (read_metrics(s["out"] / "metrics.jsonl") for s in (settings, other))
+    assert ours[-1]["val_loss"] == pytest.approx(theirs[-1]["val_loss"], abs=1e-5)
+    assert [line.get("batch_hash") for line in ours] == [line.get("batch_hash") for line in theirs]
 
 
 def test_show_batch_prints_what_is_learned_and_writes_nothing(settings, capsys):
