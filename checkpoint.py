@@ -19,7 +19,7 @@ import pickle
 import shutil
 import zipfile
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -37,7 +37,7 @@ from tokenizer import Tokenizer, load_tokenizer
 SHARD_BYTES = 5 * 10**9  # Hugging Face's customary shard size
 SMALL_FILES = 20 * 10**6  # room for tokenizer, random states and descriptions beside the tensors
 ARCHITECTURE = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
-                "head_dim", "tie_word_embeddings", "attention_bias", "mlp_bias")  # fmt: skip
+                "head_dim", "tie_word_embeddings", "attention_bias", "mlp_bias", "rms_norm_eps", "rope_theta", "rope_scaling")  # fmt: skip
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -217,10 +217,8 @@ def _write_tensors(directory: Path, plan: dict[str, list], machine) -> dict[str,
     The ranks own the files in turn. All take part in gathering every tensor; a file's owner keeps it, and writes and hashes
     while the next file is being gathered. What goes wrong on one rank is raised on all.
     """
-    mine: list[str] = []
-    problem: BaseException | None = None
+    written, problem, writing = {}, None, None
     with ThreadPoolExecutor(1) as writer:
-        writing = None
         for number, (name, entries) in enumerate(plan.items()):
             own, tensors = number % machine.world == machine.rank and problem is None, {}
             for key, _, dtype, read in entries:
@@ -228,26 +226,38 @@ def _write_tensors(directory: Path, plan: dict[str, list], machine) -> dict[str,
                 if own:
                     tensors[key] = tensor.detach().to("cpu", dtype).contiguous()
             if own:
-                problem = writing and writing.exception()
+                problem = _collect(writing, written)
                 writing = writer.submit(_write_file, directory / name, tensors)
-                mine.append(name)
-        problem = problem or (writing and writing.exception())
-        entries = {} if problem else manifest_entries(directory, mine)
-    reports = machine.gather((entries, problem))
+        problem = problem or _collect(writing, written)
+    reports = machine.gather((written, problem))
     for _, other in reports:
         if other is not None:
             raise other
     return {name: entry for entries, _ in reports for name, entry in entries.items()}
 
 
-def _write_file(path: Path, tensors: dict[str, Tensor]) -> None:
+def _collect(writing: Future | None, written: dict) -> BaseException | None:
+    """Wait for a file: its manifest entry goes to `written`, or its error is returned."""
+    if writing is None:
+        return None
+    if (problem := writing.exception()) is None:
+        written |= writing.result()
+    return problem
+
+
+def _write_file(path: Path, tensors: dict[str, Tensor]) -> dict[str, dict]:
+    """Returns the file's manifest entry."""
     with written_beside(path) as temporary:
         save_file(tensors, temporary, metadata={"format": "pt"})
+    return manifest_entries(path.parent, [path.name])
 
 
 def _write_descriptions(path: Path, model: Llama, tokenizer: Tokenizer | None, dtype, template, shard_bytes) -> None:
     """All of a model directory but the weights."""
     plan = _weights_plan(model, None, dtype, shard_bytes)
+    for left in [*path.glob("model*.safetensors"), *path.glob("model*.safetensors.index.json")]:
+        if left.name not in plan:  # weights that were here before and would be read instead of these
+            left.unlink()
     if len(plan) > 1:
         total = sum(_bytes(entry) for entries in plan.values() for entry in entries)
         weight_map = {entry[0]: name for name, entries in plan.items() for entry in entries}
@@ -302,7 +312,7 @@ def save_state(out: Path, *, parallel, tokenizer: Tokenizer, state: dict, templa
             write_json(folder / "state.json", {"format": STATE_FORMAT, "world": machine.world, "scaler": scaler, **state})
             small = sorted(path.name for path in folder.iterdir() if path.name not in entries)
             target = finish_step(folder, entries | manifest_entries(folder, small))
-            prune(out, keep, (state.get("best") or {}).get("step"))
+            prune(target, keep, (state.get("best") or {}).get("step"))
             return target
 
         return machine.on_main(finish)
@@ -312,11 +322,11 @@ def save_state(out: Path, *, parallel, tokenizer: Tokenizer, state: dict, templa
         raise
 
 
-def load_state(step: Path, *, stage: str, parallel) -> dict:
+def load_state(step: Path, *, stage: str, parallel, tokenizer: Tokenizer) -> dict:
     """Put a step's weights, optimizer, scaler and random numbers back; return the stage's state. All ranks call it.
 
-    Another number of ranks gets fresh random numbers, other ones than at the start: dropout goes on differently, all else alike.
-    Raises UserError if another stage or a model of another shape wrote it.
+    Another number of ranks, or another kind of device, gets fresh random numbers, other ones than at the start: dropout goes on
+    differently, all else alike. Raises UserError if another stage wrote it, or it has another architecture or tokenizer.
     """
     machine, state = parallel.machine, read_json(step / "state.json")
     if state.get("stage") != stage:
@@ -326,17 +336,19 @@ def load_state(step: Path, *, stage: str, parallel) -> dict:
     ours, theirs = parallel.model.config.to_dict(), LlamaConfig.from_json(step).to_dict()
     if different := [f"{key} {theirs[key]} instead of {ours[key]}" for key in ARCHITECTURE if ours[key] != theirs[key]]:
         raise UserError(f"--resume {step}: it holds another model: {', '.join(different)}")
+    if load_tokenizer(step).fingerprint != tokenizer.fingerprint:
+        raise UserError(f"--resume {step}: it was trained with another tokenizer than the one given now")
     parallel.fill(model_tensors(step, parallel.model.config))
     for file in sorted(step.glob("optimizer*.safetensors")):
         with safe_open(file, framework="pt") as tensors:
             for key in tensors.keys():  # noqa: SIM118 - not a dict
                 name, _, kind = key.rpartition(":")
                 parallel.write(name, tensors.get_tensor(key), kind)
-    if state.pop("world") == machine.world:
-        with safe_open(step / "random.safetensors", framework="pt") as tensors:
-            mine = f"rank{machine.rank}."
-            set_random_state(machine.device, {key.removeprefix(mine): tensors.get_tensor(key) for key in tensors.keys()  # noqa: SIM118
-                                              if key.startswith(mine)})  # fmt: skip
+    with safe_open(step / "random.safetensors", framework="pt") as tensors:
+        mine = f"rank{machine.rank}."
+        states = {key.removeprefix(mine): tensors.get_tensor(key) for key in tensors.keys() if key.startswith(mine)}  # noqa: SIM118
+    if state.pop("world") == machine.world and machine.device.type in states:
+        set_random_state(machine.device, states)
     else:
         torch.manual_seed(torch.initial_seed() + 1_000_003 * state["step"])
     scaler = state.pop("scaler")

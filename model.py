@@ -363,12 +363,14 @@ class Llama(nn.Module):
         seed: int | None = None,
         use_cache: bool = True,
         prefill_chunk: int = 2048,
+        lockstep: bool = False,
     ) -> Iterator[list[int | None]]:
         """Yield one list per step: the next token of every prompt, None for those that have stopped.
 
         Prompts may have unequal lengths. A stop id ends its prompt and is not yielded. temperature 0 is greedy.
         The same seed gives the same tokens on every device, as far as the logits agree. use_cache=False reads the
         whole text again at each step: slow, and equal. prefill_chunk bounds the memory of long prompts.
+        lockstep: go on to max_new_tokens although all have stopped, as the ranks of a shared-out model must.
         """
         if not prompts or not all(len(prompt) for prompt in prompts):
             raise UserError("a prompt needs at least one token")
@@ -376,12 +378,12 @@ class Llama(nn.Module):
         self.eval()
         try:
             yield from self._generate(prompts, max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty,
-                                      set(stop_ids), seed, use_cache, prefill_chunk)  # fmt: skip
+                                      set(stop_ids), seed, use_cache, prefill_chunk, lockstep)  # fmt: skip
         finally:
             self.train(was_training)
 
     def _generate(self, prompts, max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty, stop_ids, seed,
-                  use_cache, prefill_chunk):  # fmt: skip
+                  use_cache, prefill_chunk, lockstep):  # fmt: skip
         weight = self.model.embed_tokens.weight
         device, B, longest = weight.device, len(prompts), max(map(len, prompts))
         tokens = torch.zeros((B, longest), dtype=torch.long)
@@ -414,7 +416,7 @@ class Llama(nn.Module):
             for i, token in enumerate(step):
                 done[i] = done[i] or token in stop_ids
                 step[i] = None if done[i] else token
-            if all(done):
+            if all(done) and not lockstep:
                 return
             yield step
 

@@ -16,10 +16,11 @@ it lives on this device. So a run may go on under another strategy, on another n
 
 from __future__ import annotations
 
-from settings import UserError, read_json
+from settings import UserError, read_json, too_small
 
 import contextlib
 import functools
+import json
 import logging
 import os
 import warnings
@@ -47,7 +48,7 @@ def strategy_problems(config: MachineConfig) -> list[str]:
         found.append("--fsdp and --deepspeed are two ways to do the same; choose one")
     if config.offload and config.deepspeed is None:
         found.append("--offload needs --deepspeed 2 or 3")
-    return found
+    return found + too_small(config, "timeout")
 
 
 def make_parallel(machine: Machine, config: MachineConfig):
@@ -63,6 +64,8 @@ class Replicated:
 
     def __init__(self, machine: Machine, config: MachineConfig):
         self.machine, self.config = machine, config
+        # DDP's buckets stay in memory anyway; gradients that are set to None would pile up beside them while accumulating.
+        self.frees_gradients = machine.world == 1
 
     def describe(self) -> str:
         return ", DDP" if self.machine.world > 1 else ""
@@ -82,7 +85,14 @@ class Replicated:
         if self.machine.world == 1:
             return model
         ids = [self.machine.device.index] if self.machine.device.index is not None else None
-        return nn.parallel.DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)
+        network = nn.parallel.DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)
+        # After its first backward DDP lays its buckets out anew, and where a number lies in a bucket decides in which order three
+        # or more ranks add it up. Done here, the first step of a resumed run adds as the same step of an uninterrupted one.
+        tokens = torch.zeros(1, 2, dtype=torch.long, device=self.machine.device)
+        for _ in range(2):
+            network(tokens, tokens).backward()
+        optimizer.zero_grad()
+        return network
 
     def _compile(self, model: Llama) -> None:
         model.compile()
@@ -151,6 +161,10 @@ class Sharded(Replicated):
 
     sharded = True
 
+    def __init__(self, machine: Machine, config: MachineConfig):
+        super().__init__(machine, config)
+        self.frees_gradients = True
+
     def describe(self) -> str:
         return ", FSDP"
 
@@ -218,15 +232,19 @@ class DeepSpeed(Replicated):
         self.deepspeed = deepspeed
         logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
         warnings.filterwarnings("ignore", "`torch.distributed", FutureWarning)  # names that DeepSpeed still calls
+        if machine.compile:
+            machine.print("notice: --compile is left out with --deepspeed")
         if machine.device.type == "cpu":  # else its first start compiles a shared-memory reduction for a minute and a half
             import deepspeed.ops
 
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         deepspeed.init_distributed(devices.backend(machine.device.type), auto_mpi_discovery=False, verbose=False)
-        given = {} if config.deepspeed in ("1", "2", "3") else read_json(config.deepspeed)
-        stage = int(config.deepspeed) if not given else given.get("zero_optimization", {}).get("stage", 0)
+        bare = config.deepspeed in ("1", "2", "3")
+        given = {"zero_optimization": {"stage": int(config.deepspeed)}} if bare else read_json(config.deepspeed)
+        zero = given.get("zero_optimization") if isinstance(given, dict) else None
+        stage = zero.get("stage") if isinstance(zero, dict) else None
         if stage not in (1, 2, 3):
-            raise UserError(f'--deepspeed {config.deepspeed}: "zero_optimization" must name "stage" 1, 2 or 3, not {stage}')
+            raise UserError(f'--deepspeed {config.deepspeed} needs "zero_optimization": {{"stage": 1, 2 or 3, …}}, not {json.dumps(zero)}')
         self.stage, self.given, self.sharded = stage, given, stage == 3
 
     def describe(self) -> str:
@@ -241,7 +259,10 @@ class DeepSpeed(Replicated):
 
     def wrap(self, model: Llama, optimizer: torch.optim.Optimizer, **numbers) -> nn.Module:
         settings = self._settings(**numbers)
-        self.engine, self.zero, _, _ = self.deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
+        try:
+            self.engine, self.zero, _, _ = self.deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
+        except ValueError as error:  # what its settings raise when they are checked
+            raise UserError(f"--deepspeed {self.config.deepspeed}: DeepSpeed refuses its settings: {error}") from None
         self.model, self.optimizer = self.engine.module, optimizer
         return self.engine
 
@@ -259,6 +280,8 @@ class DeepSpeed(Replicated):
             raise UserError(f"--deepspeed {self.config.deepspeed} sets {', '.join(foreign)}, which Cria's own flags decide (--batch-size, "
                             "--micro-batch, --clip, --dtype, --lr …): take them out of the file, or write \"auto\"")  # fmt: skip
         zero = {"stage": self.stage, **self.given.get("zero_optimization", {})}
+        if any(isinstance(part, dict) and part.get("device") == "nvme" for part in zero.values()):
+            raise UserError(f"--deepspeed {self.config.deepspeed}: state on NVMe cannot be gathered into our checkpoints; use device cpu")
         if self.config.offload:
             zero.setdefault("offload_optimizer", {"device": "cpu", "pin_memory": self.machine.device.type == "cuda"})
             if self.stage == 3:
@@ -340,6 +363,8 @@ class DeepSpeed(Replicated):
 
 def _agrees(given, ours) -> bool:
     """Whether what a file says of something is what we say, or nothing."""
-    if isinstance(given, dict) and (ours is None or isinstance(ours, dict)):
-        return all(_agrees(value, (ours or {"enabled": False}).get(key)) for key, value in given.items())
+    if isinstance(given, dict) and ours is None:
+        return given.get("enabled", True) in (False, "auto")
+    if isinstance(given, dict) and isinstance(ours, dict):
+        return all(_agrees(value, ours.get(key)) for key, value in given.items())
     return given == "auto" or given == ours

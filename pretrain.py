@@ -31,7 +31,7 @@ from files import file_sha256
 from model import IGNORE, PRESETS, Llama, LlamaConfig
 from parallel import make_parallel, strategy_problems
 from progress import BatchHash, Metrics, Progress, count_skipped, human, plot_loss, read_metrics
-from runs import Finished, best_step, check_shared, lock_run, note_best, open_run, start_run
+from runs import Finished, best_step, check_shared, claim_run, note_best, start_run
 from runtime import Machine, MachineConfig
 from token_files import Tokens, open_tokens
 from tokenizer import Tokenizer, load_tokenizer
@@ -71,7 +71,7 @@ class Config(MachineConfig):
     save_every: int = flag(200, "steps between checkpoints")
     keep: int = flag(2, "checkpoints kept: the newest, and besides the one with the best validation loss")
     save_dtype: str = flag("fp32", "dtype of the final weights", choices=tuple(DTYPES))
-    resume: str = flag("auto", "auto: go on where --out stopped; never; or a step directory")
+    resume: str = flag("auto", "auto: go on where --out stopped; never; or another run, or one of its steps")
     resume_anyway: bool = flag(False, "go on although settings have changed that alter the run")
 
     # Settings that cannot change the result: a resumed run may have others. What lies behind the paths is compared itself.
@@ -186,7 +186,8 @@ def write_samples(model: Llama, tokenizer: Tokenizer, tokens: Tokens, path: Path
     prompts = [p for p in (tokens.tokens[start : start + 8].tolist() for start in starts) if p]
     answers = [list(prompt) for prompt in prompts]
     with parallel.autocast():
-        for step in model.generate(prompts, 48, temperature=0.8, top_p=0.9, stop_ids=[tokenizer.eos_id], seed=0):
+        for step in model.generate(prompts, 48, temperature=0.8, top_p=0.9, stop_ids=[tokenizer.eos_id], seed=0,
+                                   lockstep=parallel.sharded):  # fmt: skip
             for answer, token in zip(answers, step):
                 answer += [] if token is None else [token]
     lines = [f"{tokenizer.decode(p)} ▸ {tokenizer.decode(a)[len(tokenizer.decode(p)):]}" for p, a in zip(prompts, answers)]
@@ -196,7 +197,7 @@ def write_samples(model: Llama, tokenizer: Tokenizer, tokens: Tokens, path: Path
     return lines[0].replace("\n", "⏎")
 
 
-def prepare(config: Config, machine: Machine) -> tuple[Tokens, Tokens | None, Tokenizer, LlamaConfig]:
+def prepare(config: Config, machine: Machine, origin: Path | None) -> tuple[Tokens, Tokens | None, Tokenizer, LlamaConfig]:
     """Everything that can be wrong with the input is found here, before anything is allocated."""
     if not config.data.exists():
         raise UserError(
@@ -209,11 +210,10 @@ def prepare(config: Config, machine: Machine) -> tuple[Tokens, Tokens | None, To
     val = open_tokens(config.data, "val") if config.data.is_dir() else None
     if config.tokenizer is None and not config.data.is_dir():
         raise UserError(f"--data {config.data} is a bare file: say which --tokenizer made it")
-    if config.init_from:
-        directory = resolve_model_dir(config.init_from)
-        llama = LlamaConfig.from_json(directory)
-        own = any((directory / name).exists() for name in ("tokenizer.model", "tokenizer.json"))
-        tokenizer = load_tokenizer(config.tokenizer or (directory if own else config.data))
+    if origin:
+        llama = LlamaConfig.from_json(origin)
+        own = any((origin / name).exists() for name in ("tokenizer.model", "tokenizer.json"))
+        tokenizer = load_tokenizer(config.tokenizer or (origin if own else config.data))
     else:
         tokenizer = load_tokenizer(config.tokenizer or config.data)
         llama = PRESETS[config.model] if config.model in PRESETS else LlamaConfig.from_json(config.model)
@@ -234,22 +234,20 @@ def prepare(config: Config, machine: Machine) -> tuple[Tokens, Tokens | None, To
 
 def main(config: Config) -> dict:
     with Machine(config) as machine, machine.explain_out_of_memory("lower --micro-batch or --seq-len, or add --checkpointing or --fsdp"):
-        train, val, tokenizer, llama = machine.together(lambda: prepare(config, machine))
+        origin = machine.on_main(lambda: config.init_from and resolve_model_dir(config.init_from))
+        train, val, tokenizer, llama = machine.together(lambda: prepare(config, machine, origin))
         seq_len = config.seq_len or llama.context_length
         batches = Batches(train.tokens, seq_len, config.batch_size, config.seed)
-        steps = config.steps or max(1, round(config.epochs * batches.windows / config.batch_size))
         splits = train.meta.get("splits", {"train": {"sha256": file_sha256(train.path)}})
         identity = {"data": [split["sha256"] for split in splits.values()], "tokenizer": tokenizer.fingerprint,
                     "dtype": DTYPE_NAMES[machine.dtype],
-                    "first weights": weights_identity(resolve_model_dir(config.init_from)) if config.init_from else None}  # fmt: skip
+                    "first weights": weights_identity(origin) if origin else None}  # fmt: skip
         try:
-            resume_from = machine.on_main(lambda: open_run(config.out, config, identity=identity))
+            resume_from = claim_run(machine, config, identity=identity)
         except Finished:
             machine.print(f"{config.out} is finished: nothing to do. Talk to it: python chat.py --model {config.out}")
             return {key: value for line in read_metrics(config.out / "metrics.jsonl") for key, value in line.items()}
-        machine.together(lambda: check_shared(resume_from))
         parallel = make_parallel(machine, config)
-        machine.on_main(lambda: machine.hold(lock_run(config.out)))
         model = parallel.build(llama)
         model.checkpointing = config.checkpointing
         optimizer = make_optimizer(model, config, machine)
@@ -259,14 +257,19 @@ def main(config: Config) -> dict:
         state = {"stage": "pretrain", "step": 0, "sequences": 0, "skipped": 0, "best": None}
         torch.manual_seed(config.seed + machine.rank)  # the same weights everywhere, but each rank drops out on its own
         if resume_from:
-            state = load_state(resume_from, stage="pretrain", parallel=parallel)
+            state = load_state(resume_from, stage="pretrain", parallel=parallel, tokenizer=tokenizer)
+            if resume_from.parent != config.out or config.resume_anyway:
+                state["best"] = None  # measured elsewhere, or on other data
         else:
-            parallel.fill(model.initial_weights(config.seed) if config.init_from is None else
-                          model_tensors(resolve_model_dir(config.init_from), llama))  # fmt: skip
+            parallel.fill(model_tensors(origin, llama) if origin else model.initial_weights(config.seed))
         if resume_from is None or resume_from.parent != config.out or config.resume_anyway:
             facts = {"parameters": model.num_parameters(), "device": machine.describe(), "torch": torch.__version__}
             machine.on_main(lambda: start_run(config.out, config, identity, facts))
-        metrics = Metrics(machine, config.out / "metrics.jsonl", from_step=state["step"])
+        machine.together(lambda: check_shared(config.out / "args.json"))
+        left = config.epochs * batches.windows - state["sequences"]  # not all steps need have had this batch size
+        steps = config.steps or max(1, state["step"] + round(left / config.batch_size))
+        metrics = Metrics(machine, config.out / "metrics.jsonl", state["step"],
+                          evaluate_again=state["step"] % config.eval_every == 0 or state["step"] >= steps)  # fmt: skip
         batch_hash = BatchHash(machine, state.get("batch_hash"))
 
         tokens_per_step = config.batch_size * seq_len
@@ -333,7 +336,7 @@ def main(config: Config) -> dict:
                 if finite:
                     machine.scaler.step(optimizer)
                 machine.scaler.update()
-                optimizer.zero_grad(set_to_none=True)
+                optimizer.zero_grad(set_to_none=parallel.frees_gradients)
             # ---------------------------------------------------------------------------------------------------
 
             state["step"], state["sequences"] = step + 1, state["sequences"] + config.batch_size

@@ -28,14 +28,15 @@ from runtime import Machine
 class Metrics:
     """metrics.jsonl: one JSON object per line with step, tokens, loss …
 
-    `from_step` cuts a longer file back on resume: what follows is measured again, the evaluation of that step included.
+    `from_step` cuts a longer file back on resume: what follows is measured again, with `evaluate_again` that step's evaluation too.
     """
 
-    def __init__(self, machine: Machine, path: Path, from_step: int = 0):
+    def __init__(self, machine: Machine, path: Path, from_step: int = 0, evaluate_again: bool = True):
         self.machine, self.path, self.last = machine, Path(path), {}
         if not machine.main:
             return
-        kept = [line for line in read_metrics(self.path) if (line["step"], "val_loss" in line) <= (from_step, False)]
+        end = (from_step, not evaluate_again)
+        kept = [line for line in read_metrics(self.path) if (line["step"], "val_loss" in line) <= end]
         write_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))
 
     def write(self, **values) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from settings import UserError, config_to_dict, read_json
 
+import contextlib
 import json
 import os
 import re
@@ -34,16 +35,18 @@ def steps(out: Path) -> list[Path]:
 
 
 def newest_step(out: Path) -> Path | None:
-    """The newest step whose files are all there and unchanged; a broken one is named on stderr and passed over."""
-    for step in reversed(steps(out)):
+    """The newest step whose files are all there and unchanged; a broken one is named on stderr and passed over.
+
+    None where there is no step. Raises UserError where there are some and none is intact: to begin anew would lose them.
+    """
+    for step in reversed(found := steps(out)):
         if not (problem := damage(step)):
             return step
-        print(f"warning: {step} is incomplete or damaged ({problem}); using the one before it", file=sys.stderr)
+        print(f"warning: {step} is incomplete or damaged ({problem})", file=sys.stderr)
+    if found:
+        raise UserError(f"{out} has {len(found)} checkpoint{'s' * (len(found) > 1)} and none is intact: look at the disk they are on; "
+                        "copy them back if they were copied, or delete them to begin anew")  # fmt: skip
     return None
-
-
-def is_intact(step: Path) -> bool:
-    return damage(step) == ""
 
 
 def damage(step: Path, without: tuple[str, ...] = ()) -> str:
@@ -71,12 +74,26 @@ def manifest_entries(directory: Path, names: Iterable[str]) -> dict[str, dict]:
 
 
 def begin_step(out: Path, step: int) -> Path:
-    """An empty hidden directory to write a step into; what killed runs left there goes."""
-    for left in Path(out).glob(".step-*.partial"):
-        shutil.rmtree(left)
+    """An empty hidden directory to write a step into."""
+    remove_leftovers(out)
     partial = Path(out) / f".step-{step:06d}.partial"
     partial.mkdir()
     return partial
+
+
+def remove_leftovers(out: Path) -> None:
+    """What a killed process was writing or deleting."""
+    for left in [*Path(out).glob(".step-*.partial"), *Path(out).glob(".step-*.going")]:
+        shutil.rmtree(left, ignore_errors=True)
+
+
+def remove_step(step: Path) -> None:
+    """Hide it first: a kill in the middle must not leave half a step under its name. What a network disk does not let go now,
+    because somebody is reading it, remove_leftovers() takes later."""
+    going = step.with_name(f".{step.name}.going")
+    shutil.rmtree(going, ignore_errors=True)
+    os.replace(step, going)
+    shutil.rmtree(going, ignore_errors=True)
 
 
 def finish_step(partial: Path, entries: dict[str, dict]) -> Path:
@@ -84,17 +101,22 @@ def finish_step(partial: Path, entries: dict[str, dict]) -> Path:
     target = partial.with_name(partial.name.removeprefix(".").removesuffix(".partial"))
     write_json(partial / "manifest.json", {"files": entries})
     fsync_directory(partial)
-    shutil.rmtree(target, ignore_errors=True)
+    if target.exists():  # a damaged one, or one that another run left
+        remove_step(target)
     os.replace(partial, target)
     fsync_directory(target.parent)
     return target
 
 
-def prune(out: Path, keep: int, best: int | None) -> None:
-    """Keep the newest steps, and the one with the best validation loss."""
-    for old in steps(out)[:-keep]:
-        if int(old.name[5:]) != best:
-            shutil.rmtree(old)
+def prune(saved: Path, keep: int, best: int | None) -> None:
+    """After a save: keep the newest `keep` steps up to it, and the one with the best validation loss. Steps beyond it are of the
+    past that was given up when the run went back to an earlier one."""
+    number = lambda step: int(step.name[5:])  # noqa: E731
+    found = steps(saved.parent)
+    kept = [step for step in found if number(step) <= number(saved)][-keep:]
+    for step in found:
+        if step not in kept and number(step) != best:
+            remove_step(step)
 
 
 def note_best(state: dict, val_loss: float, saved: Path | None) -> None:
@@ -116,10 +138,36 @@ def best_step(out: Path, state: dict) -> str | None:
 # Run directories
 
 
-def open_run(out: Path, config, *, identity: dict) -> Path | None:
-    """Decide what a stage does with its output directory; writes nothing. Rank 0 decides for all: machine.on_main.
+def claim_run(machine, config, *, identity: dict) -> Path | None:
+    """open_run() for all ranks, and the lock that keeps other processes out of the run until this one ends.
 
-    Returns the step directory to go on from, or None for a fresh start. Raises `Finished` when the run is complete.
+    Raises UserError where ranks were started with other flags or other files, or do not see the same directory.
+    """
+    flags = {f"--{key.replace('_', '-')}": value for key, value in config_to_dict(config).items()
+             if not isinstance(getattr(config, key), Path)}  # fmt: skip
+    machine.check_equal(flags | identity)
+
+    def decide() -> Path | None:
+        # An existing run is locked before it is looked at; elsewhere not even a lock is left before we know that it is ours.
+        held = lock_run(config.out) if (config.out / "args.json").exists() else None
+        resume_from = open_run(config.out, config, identity=identity)
+        if held is None:
+            held = lock_run(config.out)
+            if (config.out / "args.json").exists():
+                raise UserError(f"--out {config.out}: another process has begun a run there this moment; start again")
+        machine.hold(held)
+        return resume_from
+
+    resume_from = machine.on_main(decide)
+    machine.together(lambda: check_shared(resume_from))
+    return resume_from
+
+
+def open_run(out: Path, config, *, identity: dict) -> Path | None:
+    """Decide what a stage does with its output directory; writes nothing.
+
+    Returns the step directory to go on from (one's own, or at first another run's that --resume names), or None for a fresh
+    start. Raises `Finished` when the run is complete.
     Raises UserError when the directory holds something else, or the same run with other settings (those in config.HARMLESS
     cannot change the result) unless config.resume_anyway; `identity` is what the run's input was (data, tokenizer, first
     weights).
@@ -134,21 +182,20 @@ def open_run(out: Path, config, *, identity: dict) -> Path | None:
     parent = next(path for path in (out, *out.absolute().parents) if path.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise UserError(f"--out {out}: {parent} is {'not writable' if parent.is_dir() else 'not a directory'}")
-    newest = newest_step(out) if out.is_dir() else None
-    if named and (newest is None or named.resolve() != newest.resolve()):  # a branch of another run: its settings may differ
-        if out.exists() and any(out.iterdir()):
-            raise UserError(f"--out {out} already holds something: to go on from {named}, choose another directory")
+    if not out.is_dir() or all(name.startswith(".") for name in os.listdir(out)):  # nothing but a lock, or what a kill left
         return named
-    if not out.is_dir() or not set(os.listdir(out)) - {".lock"}:
-        return None
     if not (out / "args.json").exists():
         raise UserError(f"--out {out} holds something that is not a run of ours; choose another directory")
     if resume == "never":
         raise UserError(f"--out {out} already holds a run; choose another directory, delete it, or leave out --resume never")
-    finished = (out / "config.json").exists()
-    if not steps(out) and not finished:
-        return None  # it ended before there was anything to keep
-    stored = read_json(out / "args.json")
+    stored, newest, finished = read_json(out / "args.json"), newest_step(out), (out / "config.json").exists()
+    if named and stored.get("resume") != resume and (newest is None or named.resolve() != newest.resolve()):
+        raise UserError(f"--out {out} already holds another run: to go on from {named}, choose another directory")
+    if newest is None and not finished:  # it ended before there was anything to keep
+        if (source := stored.get("resume", "auto")) not in ("auto", "never", resume):
+            raise UserError(f"--out {out} was begun with --resume {source} and has saved nothing yet: give that flag again, or "
+                            "choose another directory")  # fmt: skip
+        return named
     before, now = stored.pop("run", {}).get("identity", {}), config_to_dict(config)
     different = [f"--{key.replace('_', '-')} was {stored.get(key)} and is {value}" for key, value in now.items()
                  if key not in config.HARMLESS and stored.get(key) != _as_json(value)]  # fmt: skip
@@ -156,6 +203,9 @@ def open_run(out: Path, config, *, identity: dict) -> Path | None:
     if different and not config.resume_anyway:
         raise UserError(f"--out {out} holds a run with other settings: {'; '.join(different)}. "
                         "Choose another --out, the same settings to go on, or --resume-anyway to change the run from here")  # fmt: skip
+    if different and newest is None:
+        raise UserError(f"--out {out} is finished and its steps are gone, so it cannot go on: --init-from {out} builds on its weights, in "
+                        "another --out")  # fmt: skip
     if different:
         print(f"warning: the run in {out} goes on with other settings: {'; '.join(different)}", file=sys.stderr)
     elif finished:
@@ -163,10 +213,10 @@ def open_run(out: Path, config, *, identity: dict) -> Path | None:
     return newest
 
 
-def check_shared(step: Path | None) -> None:
-    """Raises UserError where this process does not see the step that rank 0 has found."""
-    if step is not None and not step.exists():
-        raise UserError(f"{step} is not to be seen on this machine: all machines must share the directory of --out")
+def check_shared(path: Path | None) -> None:
+    """Raises UserError where this process does not see what rank 0 has found or written."""
+    if path is not None and not path.exists():
+        raise UserError(f"{path} is not to be seen on this machine: all machines must share the directory of --out")
 
 
 class Finished(Exception):
@@ -177,9 +227,23 @@ def _as_json(value):
     return json.loads(json.dumps(value))
 
 
-def lock_run(out: Path):
-    """Reserve the run for this process: the lock is the returned open file, and ends with it. UserError if it is taken."""
-    return lock(out / ".lock", f"another process is training in --out {out}; wait for it, or choose another directory")
+class lock_run:
+    """Reserve the run for this process until close(), or its end. UserError if another process has it.
+
+    What a killed process left half-written or half-deleted goes.
+    """
+
+    def __init__(self, out: Path):
+        self.out = out
+        self.file = lock(out / ".lock", f"another process is training in --out {out}; wait for it, or choose another directory")
+        remove_leftovers(out)
+
+    def close(self) -> None:
+        if not (self.out / "args.json").exists():  # a mistake was found before the run began: nothing is left of it
+            (self.out / ".lock").unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                self.out.rmdir()
+        self.file.close()
 
 
 def start_run(out: Path, config, identity: dict, facts: dict) -> None:

@@ -95,7 +95,7 @@ class Machine:
             dist.init_process_group(backend if backend == "gloo" else f"cpu:gloo,{kind}:{backend}",
                                     timeout=datetime.timedelta(minutes=timeout), **alone)  # fmt: skip
         except (RuntimeError, ValueError) as error:  # DistNetworkError and DistStoreError are RuntimeErrors
-            place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+            place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
             if "EADDRINUSE" in str(error) or "address already in use" in str(error):
                 raise UserError(f"port {place} is taken, by another run perhaps; choose one with --master-port, or use "
                                 "torchrun --standalone") from None  # fmt: skip
@@ -108,7 +108,7 @@ class Machine:
         with contextlib.suppress(ValueError):  # only the main thread may set handlers; a test may not be in it
             for name in ("SIGTERM", "SIGINT", "SIGHUP"):
                 number = getattr(signal, name, None)
-                if number is not None:
+                if number is not None and signal.getsignal(number) is not signal.SIG_IGN:  # nohup has a run ignore SIGHUP
                     self._old_handlers[number] = signal.signal(number, self._on_signal)
         return self
 
@@ -199,6 +199,15 @@ class Machine:
         if error is not None:
             raise error
         return result
+
+    def check_equal(self, facts: dict) -> None:
+        """Raises UserError that names what is not the same on all ranks: machines may have other flags, or other copies of files."""
+        everyone = self.gather(facts)
+        for key in facts:
+            odd = next((rank for rank, theirs in enumerate(everyone) if theirs[key] != everyone[0][key]), None)
+            if odd is not None:
+                raise UserError(f"{key} is {everyone[0][key]} on rank 0 and {everyone[odd][key]} on rank {odd}: all must be started alike, "
+                                "with the same files")  # fmt: skip
 
     def any(self, value: bool) -> bool:
         return bool(self.sum(torch.tensor(float(value))) > 0) if self.distributed else value

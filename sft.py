@@ -40,7 +40,7 @@ from files import file_sha256
 from model import IGNORE, Llama
 from parallel import make_parallel, strategy_problems
 from progress import BatchHash, Metrics, Progress, count_skipped, human, plot_loss, read_metrics
-from runs import Finished, best_step, check_shared, lock_run, note_best, open_run, start_run
+from runs import Finished, best_step, check_shared, claim_run, note_best, start_run
 from runtime import Machine, MachineConfig
 from tokenizer import Tokenizer
 
@@ -77,7 +77,7 @@ class Config(MachineConfig):
     save_every: int = flag(200, "steps between checkpoints")
     keep: int = flag(2, "checkpoints kept: the newest, and besides the one with the best validation loss")
     save_dtype: str = flag("fp32", "dtype of the final weights", choices=tuple(DTYPES))
-    resume: str = flag("auto", "auto: go on where --out stopped; never; or a step directory")
+    resume: str = flag("auto", "auto: go on where --out stopped; never; or another run, or one of its steps")
     resume_anyway: bool = flag(False, "go on although settings have changed that alter the run")
     show_batch: bool = flag(False, "print the first batch token by token and stop")
 
@@ -192,14 +192,25 @@ class Batches:
     def __init__(self, data: Conversations, seq_len: int, batch_size: int, epochs: float, packing: bool, seed: int | None,
                  pad: int, steps: int | None = None):  # fmt: skip
         """`steps`, where given, decides how many passes there are, in place of `epochs`. seed None keeps the file's order."""
-        self.data, self.seq_len, self.batch_size, self.packing, self.pad = data, seq_len, batch_size, packing, pad
+        self.data, self.seq_len, self.batch_size, self.packing, self.seed, self.pad = data, seq_len, batch_size, packing, seed, pad
         self.rows: list[list[int]] = []
-        epoch = 0
-        while len(self.rows) < steps * batch_size if steps else epoch < epochs:
-            order = np.arange(len(data)) if seed is None else np.random.default_rng([seed, epoch]).permutation(len(data))
-            part = 1.0 if steps else min(1.0, epochs - epoch)
-            self.rows += pack(data.lengths, order[: max(1, round(len(data) * part))], seq_len, packing)
-            epoch += 1
+        self.epoch = 0
+        if steps:
+            self.at_least(steps * batch_size)
+        while not steps and self.epoch < epochs:
+            self._read(min(1.0, epochs - self.epoch))
+
+    def at_least(self, rows: int) -> None:
+        """Read on, epoch by epoch, until there are so many rows."""
+        while len(self.rows) < rows:
+            self._read(1.0)
+
+    def _read(self, part: float) -> None:
+        """Pack the conversations of an epoch, or the first part of them, into rows."""
+        n = len(self.data)
+        order = np.arange(n) if self.seed is None else np.random.default_rng([self.seed, self.epoch]).permutation(n)
+        self.rows += pack(self.data.lengths, order[: max(1, round(n * part))], self.seq_len, self.packing)
+        self.epoch += 1
 
     def __len__(self) -> int:
         return math.ceil(len(self.rows) / self.batch_size)
@@ -279,7 +290,7 @@ def write_samples(model: Llama, tokenizer: Tokenizer, template: str, questions: 
     room = max(1, min(96, model.config.context_length - max(map(len, prompts))))
     answers: list[list[int]] = [[] for _ in prompts]
     with parallel.autocast():
-        for step in model.generate(prompts, room, temperature=0, stop_ids=tokenizer.stop_ids(template)):
+        for step in model.generate(prompts, room, temperature=0, stop_ids=tokenizer.stop_ids(template), lockstep=parallel.sharded):
             for answer, token in zip(answers, step):
                 answer += [] if token is None else [token]
     lines = [f"{messages[-1]['content']} ▸ {tokenizer.decode(answer)}" for messages, answer in zip(questions, answers)]
@@ -289,9 +300,9 @@ def write_samples(model: Llama, tokenizer: Tokenizer, template: str, questions: 
     return lines[0].replace("\n", "⏎")
 
 
-def prepare(config: Config, machine: Machine):
+def prepare(config: Config, machine: Machine, origin: Path):
     """Everything that can be wrong with the input is found here, before anything is allocated."""
-    _, llama, tokenizer = open_model_dir(config.init_from, config.rope_scaling, config.rope_factor)
+    _, llama, tokenizer = open_model_dir(origin, config.rope_scaling, config.rope_factor)
     template = tokenizer.default_template() if config.template == "auto" else config.template
     if config.seq_len and config.seq_len > llama.context_length:
         raise UserError(f"--seq-len {config.seq_len} is longer than the {llama.context_length} tokens this model reads; lower it, "
@@ -307,12 +318,13 @@ def prepare(config: Config, machine: Machine):
 
 def main(config: Config) -> dict:
     with Machine(config) as machine, machine.explain_out_of_memory("lower --micro-batch or --seq-len, or add --checkpointing or --fsdp"):
-        llama, tokenizer, template, train_file, val_file = machine.together(lambda: prepare(config, machine))
+        origin = machine.on_main(lambda: resolve_model_dir(config.init_from))
+        llama, tokenizer, template, train_file, val_file = machine.together(lambda: prepare(config, machine, origin))
         seq_len = config.seq_len or llama.context_length
         identity = {"data": [file_sha256(file) for file in (train_file, val_file) if file], "tokenizer": tokenizer.fingerprint,
-                    "dtype": DTYPE_NAMES[machine.dtype], "first weights": weights_identity(resolve_model_dir(config.init_from))}
+                    "dtype": DTYPE_NAMES[machine.dtype], "first weights": weights_identity(origin)}
         try:
-            resume_from = None if config.show_batch else machine.on_main(lambda: open_run(config.out, config, identity=identity))
+            resume_from = None if config.show_batch else claim_run(machine, config, identity=identity)
         except Finished:
             machine.print(f"{config.out} is finished: nothing to do. Talk to it: python chat.py --model {config.out}")
             return {key: value for line in read_metrics(config.out / "metrics.jsonl") for key, value in line.items()}
@@ -320,16 +332,13 @@ def main(config: Config) -> dict:
         val = machine.together(lambda: Conversations(val_file, tokenizer, template, seq_len, quiet=True) if val_file else None)
         pad = tokenizer.eos_id if tokenizer.pad_id is None else tokenizer.pad_id
         batches = Batches(train, seq_len, config.batch_size, config.epochs, config.packing, config.seed, pad, steps=config.steps)
-        steps = config.steps or len(batches)
         val_batches = Batches(val, seq_len, config.batch_size, 1, config.packing, None, pad) if val else None
         if config.show_batch:
             if machine.main:
                 show_batch(batches.tensors(batches.after(0)), tokenizer)
             return {"rows": len(batches.rows)}
 
-        machine.together(lambda: check_shared(resume_from))
         parallel = make_parallel(machine, config)
-        machine.on_main(lambda: machine.hold(lock_run(config.out)))
         model = parallel.build(llama)
         model.checkpointing = config.checkpointing
         shapes = model.parameter_shapes()  # a shard's own shape does not tell what it is a part of
@@ -342,19 +351,26 @@ def main(config: Config) -> dict:
         state = {"stage": "sft", "step": 0, "rows": 0, "tokens": 0, "skipped": 0, "best": None}
         torch.manual_seed(config.seed + machine.rank)  # the same weights everywhere, but each rank drops out on its own
         if resume_from:
-            state = load_state(resume_from, stage="sft", parallel=parallel)
+            state = load_state(resume_from, stage="sft", parallel=parallel, tokenizer=tokenizer)
+            if resume_from.parent != config.out or config.resume_anyway:
+                state["best"] = None  # measured elsewhere, or on other data
         else:
             parallel.fill(model.initial_weights(config.seed) if config.fresh_weights else
-                          model_tensors(resolve_model_dir(config.init_from), llama))  # fmt: skip
+                          model_tensors(origin, llama))  # fmt: skip
         if resume_from is None or resume_from.parent != config.out or config.resume_anyway:
             facts = {"parameters": model.num_parameters(), "device": machine.describe(), "torch": torch.__version__, "template": template}
             machine.on_main(lambda: start_run(config.out, config, identity, facts))
-        metrics = Metrics(machine, config.out / "metrics.jsonl", from_step=state["step"])
+        machine.together(lambda: check_shared(config.out / "args.json"))
+        # Not all steps so far need have had this batch size.
+        steps = config.steps or state["step"] + math.ceil((len(batches.rows) - state["rows"]) / config.batch_size)
+        batches.at_least(state["rows"] + (steps - state["step"]) * config.batch_size if config.steps else 0)
+        metrics = Metrics(machine, config.out / "metrics.jsonl", state["step"],
+                          evaluate_again=state["step"] % config.eval_every == 0 or state["step"] >= steps)  # fmt: skip
         batch_hash = BatchHash(machine, state.get("batch_hash"))
 
         learned = batches.data.learned.sum() / batches.data.lengths.sum()
-        origin = "random numbers" if config.fresh_weights else config.init_from
-        machine.print(f"model     {human(model.num_parameters())} parameters from {origin}, template {template}")
+        weights = "random numbers" if config.fresh_weights else config.init_from
+        machine.print(f"model     {human(model.num_parameters())} parameters from {weights}, template {template}")
         machine.print(f"data      {len(train):,} conversations from {train_file}, {learned:.0%} of their tokens are answers; "
                       f"{train.truncated:,} cut to {seq_len} tokens, {train.empty:,} without an answer left out")
         filled = sum(int(train.lengths[i]) for row in batches.rows for i in row) / (len(batches.rows) * seq_len)
@@ -420,7 +436,7 @@ def main(config: Config) -> dict:
                 if finite:
                     machine.scaler.step(optimizer)
                 machine.scaler.update()
-                optimizer.zero_grad(set_to_none=True)
+                optimizer.zero_grad(set_to_none=parallel.frees_gradients)
             # ---------------------------------------------------------------------------------------------------
 
             tokens = sum(int(train.lengths[i]) for row in rows for i in row)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from settings import UserError
+from settings import UserError, command_line
 
 import dataclasses
 import importlib.util
@@ -16,11 +16,11 @@ import pytest
 import torch
 
 import bench
-import tokenizer as tokenizer_module
-from bench import GIB, Clock, DataConfig, DecodeConfig, LossConfig, TrainConfig
+import bench_turns
+from bench import Clock, DecodeConfig, LossConfig, TrainConfig
+from bench_turns import GIB
 from checkpoint import save_model
 from model import Llama, LlamaConfig
-from runtime import Machine
 
 ROOT = Path(bench.__file__).parent
 needs_transformers = pytest.mark.skipif(importlib.util.find_spec("transformers") is None, reason="needs transformers")
@@ -43,7 +43,7 @@ def here(monkeypatch):
         work = bench.COMMANDS[command][3]
         return json.loads(json.dumps(work(config, side)))
 
-    monkeypatch.setattr(bench, "run_worker", run)
+    monkeypatch.setattr(bench_turns, "run_worker", run)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -68,7 +68,7 @@ def test_both_sides_train_alike(small, tied, checkpointing):
 @needs_transformers
 def test_both_sides_start_from_the_same_weights(small):
     config = TrainConfig(model=small, vocab_size=77, tied=True, **CPU)
-    machine = Machine(config)
+    machine = config.machine()
     ours, theirs = (bench.build(config.llama(), side, machine, torch.float32) for side in ("cria", "transformers"))
     theirs = dict(theirs.named_parameters())
     assert ours.lm_head.weight.shape == (77, 32) and ours.lm_head.weight is ours.model.embed_tokens.weight
@@ -107,20 +107,6 @@ def test_the_clock_notes_what_came_when():
     assert clock.tokens == [[1, 2], [3, 4]] and len(clock.times) == 2 and clock.times[0] <= clock.times[1]
 
 
-def test_data_is_the_real_pretraining_path(tmp_path, capsys):
-    text = tmp_path / "text.txt"
-    text.write_text("\n".join(f"第{i}行，法国的首都是巴黎。" for i in range(300)), encoding="utf-8")
-    trained = tokenizer_module.train([text], 300, tmp_path / "tokenizer")
-    lines = text.read_text(encoding="utf-8").splitlines()
-    capsys.readouterr()
-    result = bench.data_worker(DataConfig(tokenizer=tmp_path / "tokenizer", input=(str(text),)), "1")
-    assert result["bytes"] == text.stat().st_size and result["seconds"] > 0
-    assert result["tokens"] == sum(len(trained.encode(line)) + 1 for line in lines)
-    assert capsys.readouterr().out == ""  # what data_process.py says must not mix with the JSON
-    with pytest.raises(UserError, match="no-tokenizer"):
-        bench.data_worker(DataConfig(tokenizer=tmp_path / "no-tokenizer", input=(str(text),)), "1")
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # The table
 
@@ -135,7 +121,7 @@ def fake(monkeypatch, numbers: dict) -> list:
         common = {"memory_before": GIB, "device": "cpu, 2 threads, bf16", "versions": "torch 2", "peak_flops": None}
         return {**common, "loss": 5.0, **result}
 
-    monkeypatch.setattr(bench, "run_worker", run)
+    monkeypatch.setattr(bench_turns, "run_worker", run)
     return order
 
 
@@ -181,15 +167,9 @@ def test_decode_speeds(monkeypatch, small, capsys):
     assert "9 of 9" in capsys.readouterr().out
 
 
-def test_loss_and_data_tables(here, small, tmp_path, capsys):
+def test_loss_table(here, small, capsys):
     summary = bench.loss(LossConfig(model=small, micro_batch=1, seq_len=16, repeats=2, steps=1, warmup=0, **CPU))
     assert set(summary) == set(bench.losses()) and all(entry["seconds"] > 0 for entry in summary.values())
-    (tmp_path / "t.txt").write_text("\n".join(f"第{i}行，法国的首都是巴黎。" for i in range(200)), encoding="utf-8")
-    tokenizer_module.train([tmp_path / "t.txt"], 300, tmp_path / "tokenizer")
-    speeds = bench.data(DataConfig(tokenizer=tmp_path / "tokenizer", input=(str(tmp_path / "t.txt"),),
-                                   sides=("sentencepiece", "1", "1+clean"), repeats=1))  # fmt: skip
-    assert speeds["1"]["mb_per_s"] > 0 and speeds["1"]["tokens"] == speeds["1+clean"]["tokens"] == speeds["sentencepiece"]["tokens"] + 200
-    assert speeds["sentencepiece"]["relative"] == 1
     assert "GiB above its input" in capsys.readouterr().out
 
 
@@ -197,11 +177,18 @@ def test_loss_and_data_tables(here, small, tmp_path, capsys):
 # Mistakes
 
 
+@pytest.mark.parametrize("name", bench.COMMANDS)
+def test_every_command_explains_its_flags(name, capsys):
+    commands = {key: entry[:3] for key, entry in bench.COMMANDS.items()}
+    with pytest.raises(SystemExit) as exit:
+        command_line(None, None, [name, "--help"], commands=commands)
+    assert exit.value.code == 0 and commands[name][2] in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("config, message", [
     (TrainConfig(model="93m"), "--model 93m is neither a preset"),
     (TrainConfig(repeats=0, steps=-1), r"--repeats must be at least 1, not 0.*--steps must be at least 1, not -1"),
     (TrainConfig(against="no_such_package"), "needs that package: pip install no_such_package"),
-    (DataConfig(tokenizer=Path("x"), input=("no.txt",), sides=("two",)), "--input no.txt is no file.*--sides two"),
 ])  # fmt: skip
 def test_problems_are_named_before_anything_runs(config, message):
     with pytest.raises(UserError, match=message):
@@ -228,12 +215,9 @@ def test_a_model_directory_lends_its_architecture(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_mistake_in_a_worker_comes_back_as_one_line(small, tmp_path):
-    config = DataConfig(tokenizer=tmp_path / "no tokenizer", input=(small,))
-    with pytest.raises(UserError, match="no tokenizer does not exist"):
-        bench.run_worker("data", config, "1")
-    with pytest.raises(RuntimeError, match="KeyError"):  # a bug keeps its traceback
-        bench.run_worker("loss", LossConfig(model=small, **CPU), "no such loss")
+def test_a_bug_in_a_worker_keeps_its_traceback(small):
+    with pytest.raises(RuntimeError, match="KeyError"):
+        bench_turns.run_worker("loss", LossConfig(model=small, **CPU), "no such loss")
 
 
 @pytest.mark.slow

@@ -20,7 +20,7 @@ import checkpoint
 from checkpoint import load_model, load_state, resolve_model_dir, save_model, save_state, weights_identity
 from model import Llama, LlamaConfig
 from parallel import make_parallel
-from runs import is_intact, newest_step, steps
+from runs import damage, newest_step, steps
 from runtime import Machine, MachineConfig
 from tokenizer import load_tokenizer
 
@@ -129,16 +129,16 @@ def trained(model: Llama, steps_: int = 2):
 
 
 def test_state_comes_back_exactly(tmp_path, model, tokenizer_dir):
-    parallel = trained(model)
+    parallel, tokenizer = trained(model), load_tokenizer(tokenizer_dir)
     torch.rand(3)
-    save_state(tmp_path, parallel=parallel, tokenizer=load_tokenizer(tokenizer_dir), state={"stage": "sft", "step": 2, "x": 5})
+    save_state(tmp_path, parallel=parallel, tokenizer=tokenizer, state={"stage": "sft", "step": 2, "x": 5})
     expected_random = torch.rand(4)
     other = trained(Llama(SMALL), 0)
     step = newest_step(tmp_path)
     assert step.name == "step-000002"
     with pytest.raises(UserError, match=r"a step of sft\.py"):
-        load_state(step, stage="pretrain", parallel=other)
-    assert load_state(step, stage="sft", parallel=other) == {"stage": "sft", "step": 2, "x": 5}
+        load_state(step, stage="pretrain", parallel=other, tokenizer=tokenizer)
+    assert load_state(step, stage="sft", parallel=other, tokenizer=tokenizer) == {"stage": "sft", "step": 2, "x": 5}
     assert torch.equal(torch.rand(4), expected_random)
     for continued in (parallel, other):
         continued.model(TOKENS, TOKENS).backward()
@@ -148,21 +148,22 @@ def test_state_comes_back_exactly(tmp_path, model, tokenizer_dir):
 
 
 def test_a_step_of_another_model_or_format_is_refused(tmp_path, model, tokenizer_dir):
-    step = save_state(tmp_path, parallel=trained(model), tokenizer=load_tokenizer(tokenizer_dir), state={"stage": "sft", "step": 2})
+    tokenizer = load_tokenizer(tokenizer_dir)
+    step = save_state(tmp_path, parallel=trained(model), tokenizer=tokenizer, state={"stage": "sft", "step": 2})
     larger = trained(Llama(dataclasses.replace(SMALL, num_hidden_layers=3, intermediate_size=40)), 0)
     with pytest.raises(UserError, match=r"another model: intermediate_size 48 instead of 40, num_hidden_layers 2 instead of 3"):
-        load_state(step, stage="sft", parallel=larger)
+        load_state(step, stage="sft", parallel=larger, tokenizer=tokenizer)
     (step / "state.json").write_text(json.dumps({"stage": "sft", "step": 2}))
     with pytest.raises(UserError, match=r"an older Cria wrote this .* --init-from"):
-        load_state(step, stage="sft", parallel=trained(model, 0))
+        load_state(step, stage="sft", parallel=trained(model, 0), tokenizer=tokenizer)
 
 
 def test_tensors_may_lie_in_many_files(tmp_path, model, tokenizer_dir, monkeypatch):
     monkeypatch.setattr(checkpoint, "SHARD_BYTES", 30_000)
-    parallel, other = trained(model), trained(Llama(SMALL), 0)
-    step = save_state(tmp_path, parallel=parallel, tokenizer=load_tokenizer(tokenizer_dir), state={"stage": "sft", "step": 2})
+    parallel, other, tokenizer = trained(model), trained(Llama(SMALL), 0), load_tokenizer(tokenizer_dir)
+    step = save_state(tmp_path, parallel=parallel, tokenizer=tokenizer, state={"stage": "sft", "step": 2})
     assert len(list(step.glob("model-*.safetensors"))) > 2 and len(list(step.glob("optimizer-*.safetensors"))) > 4
-    load_state(step, stage="sft", parallel=other)
+    load_state(step, stage="sft", parallel=other, tokenizer=tokenizer)
     for parameter, same in zip(model.parameters(), other.model.parameters(), strict=True):
         assert torch.equal(parameter, same)
         for key, value in parallel.optimizer.state[parameter].items():
@@ -188,7 +189,7 @@ def test_no_flipped_or_cut_byte_is_ever_loaded(tmp_path, model, tokenizer_dir, c
                 (step / name).unlink()
             else:
                 (step / name).write_bytes(damaged)
-            if name == "manifest.json" and is_intact(step):  # a flip in its white space says nothing else than before
+            if name == "manifest.json" and not damage(step):  # a flip in its white space says nothing else than before
                 assert json.loads(damaged) == json.loads(whole)
             else:
                 assert newest_step(tmp_path) == older and f"{step} is incomplete or damaged" in capsys.readouterr().err, name

@@ -24,7 +24,7 @@ from model import PRESETS, Llama, LlamaConfig
 from parallel import DeepSpeed, Replicated, make_parallel, strategy_problems
 from pretrain import Config, main, make_optimizer
 from progress import read_metrics
-from runs import is_intact, newest_step
+from runs import damage, newest_step
 from runtime import Machine, MachineConfig
 
 needs_deepspeed = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed")
@@ -152,11 +152,12 @@ def test_a_small_twin_of_llama3_8b_is_written_by_both_ranks_in_many_files(way, d
     base = dict(data=data_dir, model=tmp_path / "twin.json", steps=4, batch_size=4, micro_batch=1, lr=1e-3, dtype="fp32", device="cpu",
                 log_every=1, eval_every=4, save_every=2)  # fmt: skip
     driver = tmp_path / "small_files.py"
-    driver.write_text(f"import sys\nsys.path.insert(0, {str(REPOSITORY)!r})\nfrom settings import command_line\nimport checkpoint, pretrain\n"
-                      "checkpoint.SHARD_BYTES = 400_000\ncommand_line(pretrain.main, pretrain.Config)\n")  # fmt: skip
+    driver.write_text(f"import sys\nsys.path.insert(0, {str(REPOSITORY)!r})\n"
+                      "from settings import command_line\nimport checkpoint, pretrain\n"
+                      "checkpoint.SHARD_BYTES = 400_000\ncommand_line(pretrain.main, pretrain.Config)\n")
     finished(*flags({**base, "out": tmp_path / "whole"}), *WAYS[way], script=driver)
     half = tmp_path / "whole" / "step-000002"
-    assert is_intact(half) and len(list(half.glob("model-0*.safetensors"))) > 3 and len(list(half.glob("optimizer-0*.safetensors"))) > 3
+    assert not damage(half) and len(list(half.glob("model-0*.safetensors"))) > 3 and len(list(half.glob("optimizer-0*.safetensors"))) > 3
     finished(*flags({**base, "out": tmp_path / "rest", "resume": half}), *WAYS[way], script=driver)
     assert same_weights(tmp_path / "rest", tmp_path / "whole") and losses(tmp_path / "rest") == losses(tmp_path / "whole")[2:]
     shutil.copytree(tmp_path / "whole" / "step-000004", tmp_path / "given", ignore=shutil.ignore_patterns("manifest.json"))

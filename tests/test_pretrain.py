@@ -165,7 +165,7 @@ def test_resuming_from_a_named_step_goes_to_a_new_directory(settings):
     main(Config(**other))
     assert losses(other["out"]) == losses(settings["out"])[10:]
     assert same_weights(settings["out"], other["out"])
-    with pytest.raises(UserError, match="already holds something"):
+    with pytest.raises(UserError, match="already holds another run"):
         main(Config(**{**other, "resume": str(settings["out"])}))
 
 

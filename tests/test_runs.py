@@ -6,6 +6,7 @@ from settings import UserError
 
 import dataclasses
 import json
+import shutil
 
 import pytest
 
@@ -15,7 +16,6 @@ from runs import (
     best_step,
     damage,
     finish_step,
-    is_intact,
     lock_run,
     manifest_entries,
     note_best,
@@ -35,7 +35,7 @@ def make_step(out, number: int):
 
 def test_a_step_exists_when_it_is_finished_and_is_whole_until_it_is_touched(tmp_path):
     step = make_step(tmp_path, 7)
-    assert step.name == "step-000007" and is_intact(step) and damage(step) == ""
+    assert step.name == "step-000007" and damage(step) == ""
     (step / "weights").write_bytes(b"x" * 21)
     assert damage(step) == "weights has changed" and damage(step, without=("weights",)) == ""
     (step / "weights").write_bytes(b"x")
@@ -46,12 +46,31 @@ def test_a_step_exists_when_it_is_finished_and_is_whole_until_it_is_touched(tmp_
     assert "manifest.json" in damage(step)
 
 
+def test_a_kill_while_a_step_is_removed_leaves_nothing_under_its_name(tmp_path, monkeypatch):
+    for number in (1, 2):
+        make_step(tmp_path, number)
+    real = shutil.rmtree
+
+    def killed(path, ignore_errors):
+        if path.exists():
+            next(path.iterdir()).unlink()
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(shutil, "rmtree", killed)
+    with pytest.raises(KeyboardInterrupt):
+        prune(steps(tmp_path)[-1], keep=1, best=None)
+    monkeypatch.setattr(shutil, "rmtree", real)
+    assert [step.name for step in steps(tmp_path)] == ["step-000002"] and not damage(steps(tmp_path)[0])
+    lock_run(tmp_path).close()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-000002"]
+
+
 def test_the_best_step_is_kept_and_named(tmp_path):
     state = {"best": None, "step": 0}
     for number, loss in ((1, 3.0), (2, 2.0), (3, 2.5), (4, 2.6)):
         state["step"] = number
         saved = make_step(tmp_path, number)
-        prune(tmp_path, keep=1, best=(state["best"] or {}).get("step"))
+        prune(saved, keep=1, best=(state["best"] or {}).get("step"))
         note_best(state, loss, saved)
     note_best(state | {"step": 9}, 0.1, saved)  # step 9 was not saved: nothing to keep
     assert [step.name for step in steps(tmp_path)] == ["step-000002", "step-000004"]
@@ -95,8 +114,8 @@ def test_open_run_refuses_what_is_not_this_run(tmp_path):
         open_run(tmp_path, Settings(), **arguments)
     (tmp_path / "args.json").write_text(json.dumps({"lr": 1.0, "keep": 2, "run": {"identity": {"data": "abc"}}}))
     assert open_run(tmp_path, Settings(lr=2.0), **arguments) is None  # it ended before there was anything to keep
-    (tmp_path / "step-000001").mkdir()  # from here on there is something to lose, if only a torn step
-    assert open_run(tmp_path, Settings(keep=9), **arguments) is None
+    make_step(tmp_path, 1)  # from here on there is something to lose
+    assert open_run(tmp_path, Settings(keep=9), **arguments).name == "step-000001"
     with pytest.raises(UserError, match=r"--lr was 1.0 and is 2.0"):
         open_run(tmp_path, Settings(lr=2.0), **arguments)
     with pytest.raises(UserError, match="data has changed"):
@@ -108,6 +127,48 @@ def test_open_run_refuses_what_is_not_this_run(tmp_path):
     for out in (tmp_path / "notes.txt", tmp_path / "notes.txt" / "deeper"):
         with pytest.raises(UserError, match=r"notes\.txt is not a directory"):
             open_run(out, Settings(), **arguments)
+
+
+def test_no_intact_step_is_no_fresh_start(tmp_path, capsys):
+    out = tmp_path / "run"
+    start_run(out, Settings(), {}, {})
+    for number in (8, 9):
+        (make_step(out, number) / "weights").write_bytes(b"?")
+    with pytest.raises(UserError, match="has 2 checkpoints and none is intact"):
+        open_run(out, Settings(), identity={})
+    assert capsys.readouterr().err.count("is incomplete or damaged (weights has 1 bytes") == 2
+    saved = make_step(out, 5)  # a run that went back: what lies beyond is given up, what was just saved is not
+    prune(saved, keep=2, best=None)
+    assert steps(out) == [saved]
+
+
+def test_a_branch_goes_on_by_the_same_command_until_it_has_steps_of_its_own(tmp_path):
+    parent, out = tmp_path / "parent", tmp_path / "branch"
+    start_run(parent, Settings(), {}, {})
+    step = make_step(parent, 3)
+    branch = Settings(resume=str(step))
+    assert open_run(out, branch, identity={}) == step
+    start_run(out, branch, {}, {})
+    (out / ".step-000004.partial").mkdir()  # killed in its first save
+    assert open_run(out, branch, identity={}) == step
+    with pytest.raises(UserError, match=r"was begun with --resume .*step-000003 and has saved nothing yet"):
+        open_run(out, Settings(), identity={})
+    own = make_step(out, 4)
+    assert open_run(out, branch, identity={}) == open_run(out, Settings(), identity={}) == own
+    with pytest.raises(UserError, match="already holds another run"):
+        open_run(out, Settings(resume=str(make_step(parent, 5))), identity={})
+
+
+def test_a_finished_run_without_steps_cannot_be_extended(tmp_path):
+    start_run(tmp_path, Settings(), {}, {})
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(UserError, match="is finished and its steps are gone"):
+        open_run(tmp_path, Settings(lr=2.0, resume_anyway=True), identity={})
+
+
+def test_a_lock_leaves_no_trace_where_no_run_began(tmp_path):
+    lock_run(tmp_path / "run").close()
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_run_belongs_to_one_process_at_a_time(tmp_path):

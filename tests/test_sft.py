@@ -137,6 +137,8 @@ def test_every_conversation_is_read_once_per_epoch_and_the_last_batch_is_filled_
     for seed in range(5):  # epochs pack differently: enough of them, whatever the seed
         many = Batches(data, 64, 4, 1, True, seed, 0, steps=150)
         assert all(row for step in range(150) for row in many.after(step * 4))
+        many.at_least(700)
+        assert all(row for row in many.rows[:700]) and len(many.rows) >= 700
 
 
 def test_evaluating_more_often_changes_nothing(settings):

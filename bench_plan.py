@@ -1,0 +1,217 @@
+"""The memory planner: which way to share the work fits these devices, and with what micro-batch.
+
+    python bench.py plan --model llama3-8b --gpus 8 --gpu-memory 80 --gpu a100
+    python bench.py plan --model llama3-8b --gpus 8 --gpu-memory 24 --deepspeed 3 --offload --host-memory 256
+
+Prints what a step holds on each device under every strategy (bench_memory.py has the formulas, docs/scale.md explains the
+columns), the strategy to take with its command, the time for --tokens, and the disk that checkpoints need. Nothing is run.
+"""
+
+from __future__ import annotations
+
+from settings import UserError, flag, too_small
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+from bench_memory import DDP, GIB, OFFLOAD, OVERHEAD, STRATEGIES, Counts, Parts, Step, Strategy, count
+from checkpoint import resolve_model_dir
+from config import PRESETS, LlamaConfig
+from devices import PEAK_TFLOPS
+from progress import human
+from tables import markdown_table, print_table
+
+ENOUGH_TOKENS = 4096  # a GPU waits for its own kernels with much smaller micro-batches
+TOKENS_PER_STEP = 2**19  # of the batch that is proposed
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanConfig:
+    model: str = flag("92m", f"architecture: {', '.join(PRESETS)}, a config.json, or a model directory")
+    vocab_size: int | None = flag(None, "default: the model's own")
+    tied: bool | None = flag(None, "one matrix for embedding and output head; default: as the model has it")
+    gpus: int = flag(1, "devices of the whole job")
+    per_machine: int = flag(8, "devices of one machine")
+    gpu_memory: float = flag(help="GiB of one device: the total that nvidia-smi or npu-smi shows")
+    reserve: float = flag(0.05, "part of it to leave free, because allocators waste some")
+    host_memory: float | None = flag(None, "GiB of one machine, for --offload; default: not checked")
+    device: str = flag("cuda", "whose kernels to count", choices=tuple(OVERHEAD))
+    dtype: str = flag("bf16", "arithmetic of the matrix products", choices=("bf16", "fp16", "fp32"))
+    seq_len: int | None = flag(None, "tokens per sequence; default: all that the model reads")
+    micro_batch: int | None = flag(None, "sequences that one device holds at a time; default: as many as fit")
+    batch_size: int | None = flag(None, "sequences per optimizer step, over all devices; default: about half a million tokens")
+    checkpointing: bool | None = flag(None, "recompute activations in backward; default: show both")
+    fsdp: bool = flag(False, "show this strategy (default: all)")
+    deepspeed: str | None = flag(None, "show this stage of DeepSpeed ZeRO", choices=("1", "2", "3"))
+    offload: bool = flag(False, "show ZeRO-3 with weights and optimizer in the host's memory")
+    tokens: float = flag(10e9, "tokens to train on, for the time")
+    gpu: str | None = flag(None, "the device, for the time", choices=tuple(PEAK_TFLOPS))
+    peak_tflops: float | None = flag(None, "its data-sheet peak in --dtype, where --gpu does not know it")
+    mfu: float = flag(0.4, "part of that peak which the model's own arithmetic reaches without checkpointing")
+    markdown: bool = flag(False, "print the table as Markdown")
+
+    def problems(self) -> list[str]:
+        found = too_small(self, "gpu_memory", "host_memory", "tokens", "peak_tflops", "mfu")
+        found += too_small(self, "vocab_size", "gpus", "per_machine", "seq_len", "micro_batch", "batch_size", least=1)
+        if not 0 <= self.reserve < 1:
+            found.append(f"--reserve must be at least 0 and below 1, not {self.reserve}")
+        if self.mfu > 1:
+            found.append(f"--mfu must be at most 1, not {self.mfu}")
+        if self.offload and self.deepspeed in ("1", "2"):
+            found.append(f"--offload is planned for --deepspeed 3, not {self.deepspeed}")
+        if self.model not in PRESETS and not Path(self.model).exists():
+            found.append(f"--model {self.model} is neither a preset ({', '.join(PRESETS)}) nor a file or directory")
+        if found:
+            return found
+        if self.gpus > self.per_machine and self.gpus % self.per_machine:
+            found.append(f"--gpus {self.gpus} do not fill machines of --per-machine {self.per_machine}")
+        if self.batch_size and self.batch_size % self.gpus:
+            found.append(f"--batch-size {self.batch_size} cannot be shared equally by --gpus {self.gpus}")
+        elif self.batch_size and self.micro_batch and self.micro_batch * self.gpus > self.batch_size:
+            found.append(f"--micro-batch {self.micro_batch} on --gpus {self.gpus} is more than --batch-size {self.batch_size}")
+        return found
+
+    def llama(self) -> LlamaConfig:
+        """The architecture, with the vocabulary and tying that were asked for."""
+        path = Path(self.model)
+        config = PRESETS.get(self.model) or LlamaConfig.from_json(resolve_model_dir(path) if path.is_dir() else path)
+        changes = {"vocab_size": self.vocab_size, "tie_word_embeddings": self.tied}
+        return dataclasses.replace(config, **{key: value for key, value in changes.items() if value is not None})
+
+    def length(self, llama: LlamaConfig) -> int:
+        """T, the tokens per sequence."""
+        if self.seq_len and self.seq_len > llama.context_length:
+            raise UserError(f"--seq-len {self.seq_len} is longer than the {llama.context_length} tokens that {self.model} reads")
+        return self.seq_len or llama.context_length
+
+    def strategies(self) -> tuple[Strategy, ...]:
+        """Those that were asked for; else all that make sense on so many devices."""
+        wanted = {"--fsdp" if self.fsdp else None, OFFLOAD.flags if self.offload else f"--deepspeed {self.deepspeed}"}
+        asked = tuple(strategy for strategy in STRATEGIES if strategy.flags in wanted)
+        return asked or (STRATEGIES if self.gpus > 1 else (DDP, OFFLOAD))
+
+
+def plan(config: PlanConfig) -> dict:
+    """Print the table and the advice. Returns both: "rows", and "recommended", which is None where nothing fits."""
+    llama = config.llama()
+    T = config.length(llama)
+    counts = count(llama, T)
+    modes = (False, True) if config.checkpointing is None else (config.checkpointing,)
+    rows = [plan_row(config, counts, T, strategy, checkpointing) for strategy in config.strategies() for checkpointing in modes]
+    print(f"{config.model}: {human(counts.all)} parameters, sequences of {T:,} tokens, {config.dtype}, {config.gpus} x "
+          f"{config.gpu_memory:g} GiB ({config.device}), of which {config.reserve:.0%} stay free. GiB per device:\n")  # fmt: skip
+    print_rows(rows, config.markdown)
+    best = recommend([row for row in rows if row["fits"]], T)
+    if best:
+        best |= {"command": command(config, best, T), "seconds": seconds(config, counts, best)}
+        total = best["parts"].total / GIB
+        print(f"\nrecommended: {_title(best)}, {total:.1f} of {config.gpu_memory:g} GiB per device\n    {best['command']}")
+        print(_time_line(config, best))
+    else:
+        print(f"\nnothing fits; {_title(min(rows, key=lambda row: row['parts'].total))} comes closest. More --gpus, a shorter --seq-len, a "
+              "smaller --micro-batch, --checkpointing or --deepspeed 3 --offload (with enough --host-memory) take less")  # fmt: skip
+    P = counts.all
+    print(f"disk: {12 * P / GIB:.1f} GiB per checkpoint (fp32 weights and two moments); final weights {4 * P / GIB:.1f} GiB, "
+          f"with --save-dtype bf16 {2 * P / GIB:.1f}")  # fmt: skip
+    return {"parameters": P, "rows": rows, "recommended": best}
+
+
+def plan_row(config: PlanConfig, counts: Counts, T: int, strategy: Strategy, checkpointing: bool) -> dict:
+    """One line of the table, with the micro-batch that was asked for, or the largest that fits, or 1."""
+    N, usable = config.gpus, config.gpu_memory * (1 - config.reserve) * GIB
+    accumulates = None in (config.batch_size, config.micro_batch) or config.micro_batch * N < config.batch_size
+
+    def step(micro_batch: int) -> Step:
+        return Step(counts=counts, strategy=strategy, devices=N, tokens=micro_batch * T, checkpointing=checkpointing,
+                    e=4 if config.dtype == "fp32" else 2, accumulates=accumulates, kind=config.device)  # fmt: skip
+
+    host = step(1).states()[2] * min(N, config.per_machine)
+
+    def fits(micro_batch: int) -> bool:
+        return step(micro_batch).peak()[1].total <= usable and (config.host_memory is None or host <= config.host_memory * GIB)
+
+    largest = largest_that(fits, config.batch_size // N if config.batch_size else 2**20)
+    micro_batch = config.micro_batch or max(1, largest)
+    moment, parts = step(micro_batch).peak()
+    return {"name": "one device" if strategy is DDP and N == 1 else strategy.name, "strategy": strategy, "micro_batch": micro_batch,
+            "checkpointing": checkpointing, "moment": moment, "parts": parts, "host": host, "fits": fits(micro_batch),
+            "largest": largest}  # fmt: skip
+
+
+def largest_that(fits, limit: int) -> int:
+    """The largest number up to `limit` for which fits(number) holds; 0 if not even 1. What fits must fit when it is smaller."""
+    low, high = 0, 1  # low fits, or is 0
+    while high <= limit and fits(high):
+        low, high = high, 2 * high
+    high = min(high, limit + 1)  # does not fit, or is not allowed
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
+
+
+def print_rows(rows: list[dict], markdown: bool) -> None:
+    """The table, in GiB; "host" is what one machine's own memory must hold."""
+    parts = [field.name for field in dataclasses.fields(Parts)]
+    digits = 1 if max(row["parts"].total for row in rows) > 10 * GIB else 2
+    header = ("strategy", "checkpointing", "micro-batch", *parts, "total", "highest at", "fits", "largest micro-batch", "host")
+    cells = [(row["name"], "yes" if row["checkpointing"] else "no", row["micro_batch"],
+              *(f"{size / GIB:.{digits}f}" for size in (*dataclasses.astuple(row["parts"]), row["parts"].total)), row["moment"],
+              "yes" if row["fits"] else "no", row["largest"] or "–", f"{row['host'] / GIB:.0f}" if row["host"] else "–")
+             for row in rows]  # fmt: skip
+    right = (*range(2, 11), 13, 14)
+    if markdown:
+        print("\n".join(markdown_table(header, cells, right)))
+    else:
+        print_table(header, cells, right)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Advice
+
+
+def recommend(rows: list[dict], T: int) -> dict | None:
+    """The simplest of what fits, without checkpointing rather than with, among those with enough tokens in a micro-batch; if none
+    has, that with the most."""
+    rows = sorted(rows, key=lambda row: (STRATEGIES.index(row["strategy"]), row["checkpointing"]))
+    enough = [row for row in rows if row["micro_batch"] * T >= ENOUGH_TOKENS]
+    return enough[0] if enough else max(rows, key=lambda row: row["micro_batch"], default=None)
+
+
+def command(config: PlanConfig, row: dict, T: int) -> str:
+    """What to type. Several machines: on each, with the first one's name for HOST."""
+    machines, local = max(1, config.gpus // config.per_machine), min(config.gpus, config.per_machine)
+    at_once = config.gpus * row["micro_batch"]
+    batch = config.batch_size or at_once * math.ceil(TOKENS_PER_STEP / T / at_once)
+    several = f"--nnodes={machines} --rdzv-backend=c10d --rdzv-endpoint=HOST:29400" if machines > 1 else ""
+    words = ["python" if config.gpus == 1 else f"torchrun {several} --nproc_per_node={local}", "pretrain.py",
+             f"--init-from {config.model}" if Path(config.model).is_dir() else f"--model {config.model}", f"--seq-len {T}",
+             row["strategy"].flags, "--checkpointing" * row["checkpointing"],
+             f"--micro-batch {row['micro_batch']} --batch-size {batch}", f"--device {config.device}" * (config.device != "cuda"),
+             f"--dtype {config.dtype}" * (config.dtype != "bf16")]  # fmt: skip
+    return " ".join(" ".join(words).split())
+
+
+def seconds(config: PlanConfig, counts: Counts, row: dict) -> float | None:
+    """For --tokens at --mfu of the peak; checkpointing computes the forward pass, a third of the work, once more."""
+    peak = config.peak_tflops or (PEAK_TFLOPS.get(config.gpu) if config.dtype != "fp32" else None)
+    if peak is None:
+        return None
+    useful = config.tokens * counts.flops_per_token / (config.gpus * peak * 1e12 * config.mfu)
+    return useful * 4 / 3 if row["checkpointing"] else useful
+
+
+def _title(row: dict) -> str:
+    return row["name"] + " with checkpointing" * row["checkpointing"]
+
+
+def _time_line(config: PlanConfig, row: dict) -> str:
+    if row["seconds"] is None:
+        return "time: say which --gpu this is, or its --peak-tflops"
+    hours = row["seconds"] / 3600
+    shown = f"{hours / 24:,.1f} days" if hours > 48 else f"{hours:,.1f} hours"
+    slower = "; offloading is slower than that: measure it" if row["strategy"] is OFFLOAD else ""
+    recomputed = ", a third for checkpointing on top" * row["checkpointing"]
+    return f"time: {shown} for {human(config.tokens)} tokens at {config.mfu:.0%} of the peak{recomputed}{slower}"
