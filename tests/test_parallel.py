@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 from test_pretrain import REPOSITORY, flags, losses, run, same_weights, settings, tiny_config, validation  # noqa: F401  fixtures
+from test_torchrun import free_port
 
 import checkpoint
 from checkpoint import load_model
@@ -98,10 +99,47 @@ def test_checkpointing_tied_weights_and_bf16_when_shared_out(way, ddp, tmp_path)
 
 
 @pytest.mark.slow
+def test_three_processes_go_on_bit_for_bit_and_reduce_once_per_step(ddp, tmp_path):
+    """Three or more add up in an order that depends on DDP's buckets, which two do not show."""
+    base, _ = ddp
+    base = {**base, "batch_size": 12, "steps": 6, "save_every": 3}
+    driver = tmp_path / "counted.py"
+    driver.write_text(f"import sys\nsys.path.insert(0, {str(REPOSITORY)!r})\n" + COUNTED)
+    out = finished(*flags({**base, "out": tmp_path / "whole"}), torchrun=3, script=driver)
+    assert "reductions: 6" in out  # of a model that fits one bucket, in six steps of two micro-batches
+    finished(*flags({**base, "out": tmp_path / "rest", "resume": tmp_path / "whole" / "step-000003"}), torchrun=3, script=driver)
+    assert losses(tmp_path / "rest") == losses(tmp_path / "whole")[3:] and same_weights(tmp_path / "rest", tmp_path / "whole")
+
+
+COUNTED = """
+from settings import command_line
+import parallel, pretrain
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+
+wrap, count = parallel.Replicated.wrap, [0]
+
+def hook(group, bucket):
+    count[0] += 1
+    return allreduce_hook(group, bucket)
+
+def counted(self, *arguments, **numbers):
+    network = wrap(self, *arguments, **numbers)
+    network.register_comm_hook(None, hook)
+    return network
+
+parallel.Replicated.wrap = counted
+def main(config):
+    pretrain.main(config)
+    print("reductions:", count[0])
+command_line(main, pretrain.Config)
+"""
+
+
+@pytest.mark.slow
 @needs_deepspeed
 def test_deepspeeds_own_launcher(ddp, tmp_path):
     base, reference = ddp
-    command = [Path(sys.executable).with_name("deepspeed"), "--num_gpus", "2", "--master_port", "29611", "pretrain.py",
+    command = [Path(sys.executable).with_name("deepspeed"), "--num_gpus", "2", "--master_port", str(free_port()), "pretrain.py",
                *flags({**base, "steps": 20, "out": tmp_path / "run"}), "--deepspeed", "2"]  # fmt: skip
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu",
                    "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}  # fmt: skip

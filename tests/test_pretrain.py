@@ -145,8 +145,9 @@ def test_micro_batches_and_checkpointing_change_nothing(settings, extra):
     assert losses(other["out"]) == pytest.approx(losses(settings["out"]), abs=1e-5)
 
 
-@pytest.mark.parametrize("at", [3, 7])
-def test_stopped_and_resumed_equals_uninterrupted_bit_for_bit(settings, monkeypatch, capsys, at):
+@pytest.mark.parametrize("at, dtype", [(3, "fp32"), (7, "fp32"), (3, "fp16")])
+def test_stopped_and_resumed_equals_uninterrupted_bit_for_bit(settings, monkeypatch, capsys, at, dtype):
+    settings["dtype"] = dtype  # fp16 has a loss scaler, which remembers as well
     main(Config(**settings))
     other = {**settings, "out": settings["out"].with_name("other")}
     real = pretrain.learning_rate
@@ -157,6 +158,8 @@ def test_stopped_and_resumed_equals_uninterrupted_bit_for_bit(settings, monkeypa
     main(Config(**{**other, "micro_batch": 4, "log_every": 1}))
     assert losses(other["out"]) == losses(settings["out"]) and validation(other["out"]) == validation(settings["out"])
     assert same_weights(settings["out"], other["out"])
+    scalers = [json.loads((out / "step-000012" / "state.json").read_text())["scaler"] for out in (settings["out"], other["out"])]
+    assert scalers[0] == scalers[1] and (dtype == "fp32" or scalers[0]["_growth_tracker"] == 12)
 
 
 def test_resuming_from_a_named_step_goes_to_a_new_directory(settings):
