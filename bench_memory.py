@@ -194,10 +194,9 @@ class Step:
         if self.strategy is ZERO2:  # its own part waits in e until the backward pass ends, and is then added up
             held = {moment: 4 * P / N * self.accumulates + self.e * count / N for moment, count in made.items()}
             return held | {"embedding": held["embedding"] + 4 * P / N} | stepping
-        # DDP's buckets are never freed. zero_grad() detaches the gradients from them, so what accumulates lies beside them.
-        buckets = 4 * P if self.strategy is DDP and N > 1 else 0
-        there = bool(self.accumulates or buckets)  # then each fresh gradient stands beside the old one
-        held = {moment: buckets + 4 * P * self.accumulates if there else 4 * count for moment, count in made.items()}
+        # DDP's gradients live in its buckets, which are never freed. Where gradients are there, a fresh one stands beside them.
+        there = self.accumulates or (self.strategy is DDP and N > 1)
+        held = {moment: 4 * P if there else 4 * count for moment, count in made.items()}
         fresh = {"last block": down * there, "first block": down * there, "embedding": n.head * there}
         if n.llama.tie_word_embeddings:  # the head's gradient waits for the embedding's, to be added to it
             fresh = {moment: elements + n.head * (there or moment == "embedding") for moment, elements in fresh.items()}

@@ -91,7 +91,7 @@ class Replicated:
         tokens = torch.zeros(1, 2, dtype=torch.long, device=self.machine.device)
         for _ in range(2):
             network(tokens, tokens).backward()
-        optimizer.zero_grad()
+        optimizer.zero_grad(set_to_none=self.frees_gradients)
         return network
 
     def _compile(self, model: Llama) -> None:
