@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import signal
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -16,6 +17,8 @@ from examinees_at_hand import exam_dir, examinee, model_dir, theirs, tokenizer  
 from tokenizers_at_hand import any_tokenizer, llama3_dir, ours, ours_dir, poem, spaceless_dir, transformers  # noqa: F401
 
 torch.set_num_threads(1)
+# A shell starts background jobs deaf to Ctrl-C, and their children inherit it; tests send it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 # The same examples every time, however slow the machine: a failure is then about the change that is tested.
 hypothesis.settings.register_profile("same", derandomize=True, deadline=None)
 hypothesis.settings.load_profile("same")

@@ -146,7 +146,7 @@ def torchrun(flags: dict) -> int:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("strategy", STRATEGIES, ids=lambda strategy: strategy.name)
+@pytest.mark.parametrize("strategy", (FSDP, ZERO2, OFFLOAD), ids=lambda strategy: strategy.name)
 def test_two_processes_allocate_what_is_predicted(monkeypatch, tmp_path, strategy):
     flags = {"fsdp": strategy is FSDP, "offload": strategy is OFFLOAD}
     if strategy not in (DDP, FSDP):
