@@ -158,7 +158,6 @@ MISTAKES = {  # missing data: test_demo.py
     "fewer sequences than processes": ({"batch_size": 1}, (), r"--batch-size 1 cannot be shared equally by 2 processes.* 2 "),
     "no torch_npu": ({"device": "npu"}, (), r"--device npu.*torch_npu"),
     "no deepspeed": ({}, ("--deepspeed", "2"), r"pip install deepspeed"),
-    "unknown flag": ({}, ("--colour", "red"), r"unknown flag --colour"),
 }
 
 
