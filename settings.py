@@ -157,8 +157,8 @@ def command_line(main, config_class, argv=None, *, description: str = "", comman
 
 PATIENCE = 5.0  # seconds that a process waits for another one to speak first
 being_ended = False  # SIGTERM has come: set below while waiting, and by the signal handler of a stage
-# torch's process groups of this process, kept until its end and never taken apart: their destructor waits for a thread that may
-# wait for the interpreter, which the destructor holds.
+# torch's process groups, kept until this process ends so that their destructor never runs: it waits for a thread that may wait
+# for the interpreter, which the destructor holds.
 process_groups: list = []
 
 
