@@ -254,7 +254,8 @@ class DeepSpeed(Replicated):
         if self.stage < 3:
             return super().build(llama)
         # Each weight is shared out as soon as it is made: no process ever holds the whole model.
-        with self.deepspeed.zero.Init(config_dict_or_path=self._settings(clip=1.0, micro_batch=1, micro_batches=1)):
+        # (Init looks at precision and sharing only; the batch is told to wrap().)
+        with self.deepspeed.zero.Init(config_dict_or_path=self._settings(clip=1.0, micro_batch=1, micro_batches=1, check=False)):
             return Llama(llama, init=False)
 
     def wrap(self, model: Llama, optimizer: torch.optim.Optimizer, **numbers) -> nn.Module:
@@ -266,7 +267,7 @@ class DeepSpeed(Replicated):
         self.model, self.optimizer = self.engine.module, optimizer
         return self.engine
 
-    def _settings(self, *, clip: float, micro_batch: int, micro_batches: int) -> dict:
+    def _settings(self, *, clip: float, micro_batch: int, micro_batches: int, check: bool = True) -> dict:
         """DeepSpeed's configuration. Raises UserError where the file sets what our flags decide."""
         ours = {"train_micro_batch_size_per_gpu": micro_batch, "gradient_accumulation_steps": micro_batches,
                 "train_batch_size": micro_batch * micro_batches * self.machine.world, "gradient_clipping": clip}  # fmt: skip
@@ -276,7 +277,7 @@ class DeepSpeed(Replicated):
             ours |= {"bf16": {"enabled": True, "check_grad_overflow": True}, "data_types": {"grad_accum_dtype": "fp32"}}
         decided = dict.fromkeys(("optimizer", "scheduler", "amp", "bf16", "fp16", "torch_autocast", *ours))
         foreign = [key for key in decided if not _agrees(self.given.get(key, "auto"), ours.get(key))]
-        if foreign:
+        if foreign and check:
             raise UserError(f"--deepspeed {self.config.deepspeed} sets {', '.join(foreign)}, which Cria's own flags decide (--batch-size, "
                             "--micro-batch, --clip, --dtype, --lr …): take them out of the file, or write \"auto\"")  # fmt: skip
         zero = {"stage": self.stage, **self.given.get("zero_optimization", {})}

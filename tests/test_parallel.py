@@ -250,6 +250,7 @@ def test_a_deepspeed_file_adds_what_it_likes_and_may_not_contradict():
              "bf16": {"enabled": True}, "wall_clock_breakdown": True}  # fmt: skip
     made = zero(2, given=given)._settings(**NUMBERS)
     assert made["zero_optimization"]["reduce_bucket_size"] == 5 and made["wall_clock_breakdown"] and made["train_batch_size"] == 64
+    assert zero(3, given={**given, "train_batch_size": 64})._settings(**NUMBERS | {"micro_batch": 1}, check=False)["train_batch_size"] == 32
     for key, value in (("gradient_clipping", 2.0), ("optimizer", {"type": "Adam"}), ("train_batch_size", 63), ("fp16", {"enabled": True})):
         with pytest.raises(UserError, match=f"mine.json sets {key}, which Cria's own flags decide"):
             zero(2, given={**given, key: value})._settings(**NUMBERS)
