@@ -168,14 +168,10 @@ class Machine:
     # ---- agreeing --------------------------------------------------------------------------------------------------
 
     def together(self, work):
-        """work() on every rank. Where it fails on one with a UserError, all raise it: none waits for those that left."""
-        error, result = None, None
-        try:
-            result = work()
-        except Exception as caught:
-            if not self.distributed:
-                raise
-            error = caught
+        """work() on every rank. Where it fails on one, all raise that error: none waits for those that left."""
+        if not self.distributed:
+            return work()
+        result, error = _attempt(work)
         errors = self.gather(error)
         first = next((rank for rank, other in enumerate(errors) if other is not None), None)
         if first is not None:
@@ -184,18 +180,11 @@ class Machine:
 
     def on_main(self, work):
         """work() on rank 0; its result, or its exception, on every rank."""
-        error, result = None, None
-        if self.main:
-            try:
-                result = work()
-            except Exception as caught:
-                if not self.distributed:
-                    raise
-                error = caught
-        if self.distributed:
-            box = [(result, error)]
-            dist.broadcast_object_list(box, device=torch.device("cpu"))
-            result, error = box[0]
+        if not self.distributed:
+            return work()
+        box = [_attempt(work) if self.main else None]
+        dist.broadcast_object_list(box, device=torch.device("cpu"))
+        result, error = box[0]
         if error is not None:
             raise error
         return result
@@ -268,6 +257,14 @@ class Machine:
             of = f" of {total / 2**30:.1f} GiB" if total else ""
             raise UserError(f"out of memory on {devices.device_name(self.device)}: {self.peak_memory() / 2**30:.1f} GiB{of} were in use; "
                             f"{advice}") from None  # fmt: skip
+
+
+def _attempt(work) -> tuple:
+    """(result, None) or (None, exception) of work()."""
+    try:
+        return work(), None
+    except Exception as error:
+        return None, error
 
 
 def _first_line(error: BaseException) -> str:
