@@ -15,16 +15,14 @@ from __future__ import annotations
 from settings import UserError, read_json
 
 import hashlib
-import pickle
 import shutil
-import zipfile
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -33,12 +31,12 @@ from files import write_json, written_beside
 from model import Llama, LlamaConfig
 from runs import STATE_FORMAT, begin_step, damage, finish_step, manifest_entries, newest_step, prune
 from tokenizer import Tokenizer, load_tokenizer
+from weights import DTYPES, SHARD_BYTES, Lazy, parameters_in, plan, weight_files, write_descriptions
 
-SHARD_BYTES = 5 * 10**9  # Hugging Face's customary shard size
+__all__ = ["DTYPES"]
 SMALL_FILES = 20 * 10**6  # room for tokenizer, random states and descriptions beside the tensors
 ARCHITECTURE = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
                 "head_dim", "tie_word_embeddings", "attention_bias", "mlp_bias", "rms_norm_eps", "rope_theta", "rope_scaling")  # fmt: skip
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Models
@@ -54,30 +52,12 @@ def resolve_model_dir(path) -> Path:
         raise UserError(f"{path} does not exist; a model directory holds config.json and model.safetensors")
     if (path / "manifest.json").exists() and (problem := damage(path, without=("optimizer", "random", "state"))):
         raise UserError(f"{path} is damaged: {problem}; use another step of the run, or copy it again from where it is whole")
-    if (path / "config.json").exists() and _weight_files(path):
+    if (path / "config.json").exists() and weight_files(path):
         return path
     step = newest_step(path) if path.is_dir() else None
     if step is None:
         raise UserError(f"{path} is no model directory: no config.json with model.safetensors, and no complete step inside")
     return step
-
-
-def _weight_files(directory: Path) -> list[Path]:
-    """The files holding the weights; safetensors before .bin. Raises UserError if the index names a missing file."""
-    for single, index in (("model.safetensors", "model.safetensors.index.json"),
-                          ("pytorch_model.bin", "pytorch_model.bin.index.json")):  # fmt: skip
-        if (directory / single).exists():
-            return [directory / single]
-        if (directory / index).exists():
-            weight_map = read_json(directory / index).get("weight_map")
-            if not isinstance(weight_map, dict):
-                raise UserError(f"{directory / index} has no weight_map")
-            names = sorted(set(weight_map.values()))
-            missing = [name for name in names if not (directory / name).exists()]
-            if missing:
-                raise UserError(f"{directory / index} names {', '.join(missing)}, which {'is' if len(missing) == 1 else 'are'} missing")
-            return [directory / name for name in names]
-    return []
 
 
 def open_model_dir(path, rope_scaling: str = "none", rope_factor: float = 1.0) -> tuple[Path, LlamaConfig, Tokenizer]:
@@ -114,49 +94,16 @@ def load_model(path, device="cpu", dtype: torch.dtype | None = None, config: Lla
 def model_tensors(directory: Path, config: LlamaConfig) -> Iterator[tuple[str, Tensor]]:
     """Yield (name, tensor) of every parameter of this architecture from a directory's weight files, one at a time.
 
-    Raises UserError, at the end, that names every missing, unknown or misshapen tensor.
+    Raises UserError, before the first, that names every missing, unknown or misshapen tensor.
     """
-    with torch.device("meta"):
-        wanted = Llama(config).parameter_shapes()
-    problems, seen = [], set()
-    for name, tensor in _tensors(directory):
-        if name.endswith("rotary_emb.inv_freq") or (name == "lm_head.weight" and config.tie_word_embeddings):
-            continue  # written by old tools; computed here
-        if name not in wanted:
-            problems.append(f"{name} is unknown")
-        elif tensor.shape != wanted[name]:
-            problems.append(f"{name} is {tuple(tensor.shape)} and config.json says {tuple(wanted[name])}")
-        else:
-            yield name, tensor
-        seen.add(name)
-    problems += [f"{name} is missing" for name in wanted if name not in seen]
-    if problems:
-        more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
-        raise UserError(f"{directory} does not fit its config.json: {'; '.join(problems[:5])}{more}")
-
-
-def _tensors(directory: Path):
-    """Yield (name, tensor) from every weight file."""
-    for file in _weight_files(directory):
-        try:
-            if file.suffix == ".safetensors":
-                with safe_open(file, framework="pt") as tensors:
-                    for name in tensors.keys():  # noqa: SIM118 - not a dict
-                        yield name, tensors.get_tensor(name)
-            else:
-                mmap = zipfile.is_zipfile(file)  # files older than torch 1.6 are not
-                yield from torch.load(file, map_location="cpu", weights_only=True, mmap=mmap).items()
-        except pickle.UnpicklingError:
-            raise UserError(f"{file} is no file of tensors, or holds code beside them, which is never run; "
-                            "convert it to safetensors where it comes from") from None
-        except (SafetensorError, RuntimeError, EOFError) as error:
-            raise UserError(f"{file} cannot be read ({error}); it may be truncated: copy or download it again") from None
+    for name, lazy in parameters_in(directory, config)[0].items():
+        yield name, lazy.read()
 
 
 def weights_identity(directory: Path) -> str:
     """Tells one set of weights from another without reading all of it: names, sizes, and both ends of every file."""
     digest = hashlib.sha256()
-    for file in _weight_files(directory):
+    for file in weight_files(directory):
         with file.open("rb") as stream:
             head = stream.read(1 << 16)
             stream.seek(max(0, file.stat().st_size - (1 << 16)))
@@ -173,8 +120,10 @@ def save_model(model: Llama, path, tokenizer: Tokenizer | None = None, *, dtype:
     """
     path, machine = Path(path), parallel.machine if parallel else Alone
     machine.on_main(lambda: path.mkdir(parents=True, exist_ok=True))
-    _write_tensors(path, _weights_plan(model, parallel, dtype, shard_bytes), machine)
-    machine.on_main(lambda: _write_descriptions(path, model, tokenizer, dtype, template, shard_bytes))
+    files = _weights_plan(model, parallel, dtype, shard_bytes)
+    _write_tensors(path, files, machine)
+    stored = dtype or next(model.parameters()).dtype
+    machine.on_main(lambda: write_descriptions(path, model.config, files, tokenizer, dtype=stored, template=template))
 
 
 class Alone:
@@ -185,46 +134,27 @@ class Alone:
     on_main = staticmethod(lambda work: work())
 
 
-def _weights_plan(model: Llama, parallel, dtype: torch.dtype | None, shard_bytes: int) -> dict[str, list]:
+def _weights_plan(model: Llama, parallel, dtype: torch.dtype | None, shard_bytes: int) -> dict[str, dict[str, Lazy]]:
     own = dict(model.named_parameters())
-    read = parallel.read if parallel else own.get
-    return _plan("model", [(name, shape, dtype or own[name].dtype, partial(read, name))
-                           for name, shape in model.parameter_shapes().items()], shard_bytes)  # fmt: skip
+    read = parallel.read if parallel else lambda name: own[name].detach()
+    return plan("model", [(name, Lazy(shape, dtype or own[name].dtype, partial(read, name)))
+                          for name, shape in model.parameter_shapes().items()], shard_bytes)  # fmt: skip
 
 
-def _plan(stem: str, tensors: list[tuple], shard_bytes: int) -> dict[str, list]:
-    """Which tensors (key, shape, dtype, function that gives it whole) share a file: {file name: tensors}."""
-    shards, room = [[]], shard_bytes
-    for entry in tensors:
-        size = _bytes(entry)
-        if shards[-1] and size > room:
-            shards, room = [*shards, []], shard_bytes
-        shards[-1].append(entry)
-        room -= size
-    if len(shards) == 1:
-        return {f"{stem}.safetensors": shards[0]}
-    return {f"{stem}-{i:05d}-of-{len(shards):05d}.safetensors": shard for i, shard in enumerate(shards, 1)}
-
-
-def _bytes(entry: tuple) -> int:
-    _, shape, dtype, _ = entry
-    return shape.numel() * dtype.itemsize
-
-
-def _write_tensors(directory: Path, plan: dict[str, list], machine) -> dict[str, dict]:
-    """Write the files of a plan; returns their manifest entries on every rank. All ranks call it.
+def _write_tensors(directory: Path, files: dict[str, dict[str, Lazy]], machine) -> dict[str, dict]:
+    """Write the files of a plan (weights.py); returns their manifest entries on every rank. All ranks call it.
 
     The ranks own the files in turn. All take part in gathering every tensor; a file's owner keeps it, and writes and hashes
     while the next file is being gathered. What goes wrong on one rank is raised on all.
     """
     written, problem, writing = {}, None, None
     with ThreadPoolExecutor(1) as writer:
-        for number, (name, entries) in enumerate(plan.items()):
+        for number, (name, entries) in enumerate(files.items()):
             own, tensors = number % machine.world == machine.rank and problem is None, {}
-            for key, _, dtype, read in entries:
-                tensor = read()
+            for key, lazy in entries.items():
+                tensor = lazy.read()
                 if own:
-                    tensors[key] = tensor.detach().to("cpu", dtype).contiguous()
+                    tensors[key] = tensor.to("cpu", lazy.dtype).contiguous()
             if own:
                 problem = _collect(writing, written)
                 writing = writer.submit(_write_file, directory / name, tensors)
@@ -252,28 +182,6 @@ def _write_file(path: Path, tensors: dict[str, Tensor]) -> dict[str, dict]:
     return manifest_entries(path.parent, [path.name])
 
 
-def _write_descriptions(path: Path, model: Llama, tokenizer: Tokenizer | None, dtype, template, shard_bytes) -> None:
-    """All of a model directory but the weights."""
-    plan = _weights_plan(model, None, dtype, shard_bytes)
-    for left in [*path.glob("model*.safetensors"), *path.glob("model*.safetensors.index.json")]:
-        if left.name not in plan:  # weights that were here before and would be read instead of these
-            left.unlink()
-    if len(plan) > 1:
-        total = sum(_bytes(entry) for entries in plan.values() for entry in entries)
-        weight_map = {entry[0]: name for name, entries in plan.items() for entry in entries}
-        write_json(path / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map})
-    if tokenizer is not None:
-        tokenizer.save(path, template=template)
-    config = model.config.to_dict()
-    config["torch_dtype"] = str(dtype or next(model.parameters()).dtype).removeprefix("torch.")
-    generation = {"bos_token_id": config["bos_token_id"], "eos_token_id": config["eos_token_id"]}
-    if tokenizer is not None:
-        stops = tokenizer.stop_ids(template) if template or tokenizer.template else [tokenizer.eos_id]
-        generation = {"bos_token_id": tokenizer.bos_id, "eos_token_id": stops[0] if len(stops) == 1 else stops}
-    write_json(path / "generation_config.json", {**generation, "do_sample": True, "temperature": 0.7, "top_p": 0.9})
-    write_json(path / "config.json", config)
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # Training state
 
@@ -287,10 +195,11 @@ def save_state(out: Path, *, parallel, tokenizer: Tokenizer, state: dict, templa
     """
     out, machine, step = Path(out), parallel.machine, state["step"]
     shapes = parallel.model.parameter_shapes()
-    optimizer = [(f"{name}:{key}", torch.Size() if key == "step" else shape, torch.float32, partial(parallel.read, name, key))
-                 for name, shape in shapes.items() for key in parallel.state_keys()]  # fmt: skip
-    plan = _weights_plan(parallel.model, parallel, torch.float32, SHARD_BYTES) | _plan("optimizer", optimizer, SHARD_BYTES)
-    size = sum(_bytes(entry) for entries in plan.values() for entry in entries) + SMALL_FILES
+    optimizer = [(f"{name}:{key}", Lazy(torch.Size() if key == "step" else shape, torch.float32, partial(parallel.read, name, key)))
+                 for name, shape in shapes.items() if name in parallel.trained for key in parallel.state_keys()]  # fmt: skip
+    weights = _weights_plan(parallel.model, parallel, torch.float32, SHARD_BYTES)
+    files = weights | plan("optimizer", optimizer, SHARD_BYTES)
+    size = sum(lazy.nbytes for tensors in files.values() for lazy in tensors.values()) + SMALL_FILES
     free = machine.on_main(lambda: shutil.disk_usage(out).free)
     if free < size:
         text = (f"--out {out} has {free / 1e9:,.2f} GB free and a checkpoint takes {size / 1e9:,.2f} GB: step {step:,} is not saved; "
@@ -303,10 +212,10 @@ def save_state(out: Path, *, parallel, tokenizer: Tokenizer, state: dict, templa
     scaler = machine.scaler.state_dict()
     folder = machine.on_main(lambda: begin_step(out, step))
     try:
-        entries = _write_tensors(folder, plan, machine)
+        entries = _write_tensors(folder, files, machine)
 
         def finish() -> Path:
-            _write_descriptions(folder, parallel.model, tokenizer, torch.float32, template, SHARD_BYTES)
+            write_descriptions(folder, parallel.model.config, weights, tokenizer, dtype=torch.float32, template=template)
             _write_file(folder / "random.safetensors", {f"rank{rank}.{kind}": tensor for rank, states in enumerate(random_states)
                                                         for kind, tensor in states.items()})  # fmt: skip
             write_json(folder / "state.json", {"format": STATE_FORMAT, "world": machine.world, "scaler": scaler, **state})
@@ -326,7 +235,8 @@ def load_state(step: Path, *, stage: str, parallel, tokenizer: Tokenizer) -> dic
     """Put a step's weights, optimizer, scaler and random numbers back; return the stage's state. All ranks call it.
 
     Another number of ranks, or another kind of device, gets fresh random numbers, other ones than at the start: dropout goes on
-    differently, all else alike. Raises UserError if another stage wrote it, or it has another architecture or tokenizer.
+    differently, all else alike. Raises UserError if another stage wrote it, or it has another architecture or tokenizer, or other
+    parameters were trained: those that are new to an optimizer would take their first, largest steps in the middle of a schedule.
     """
     machine, state = parallel.machine, read_json(step / "state.json")
     if state.get("stage") != stage:
@@ -338,6 +248,10 @@ def load_state(step: Path, *, stage: str, parallel, tokenizer: Tokenizer) -> dic
         raise UserError(f"--resume {step}: it holds another model: {', '.join(different)}")
     if load_tokenizer(step).fingerprint != tokenizer.fingerprint:
         raise UserError(f"--resume {step}: it was trained with another tokenizer than the one given now")
+    remembered = _optimizer_remembers(step)
+    if remembered and remembered != set(parallel.trained):
+        raise UserError(f"--resume {step}: {len(remembered)} tensors were trained there and {len(parallel.trained)} are to be trained "
+                        f"now (--train); begin a run of its own from those weights: --init-from {step} and another --out")
     parallel.fill(model_tensors(step, parallel.model.config))
     for file in sorted(step.glob("optimizer*.safetensors")):
         with safe_open(file, framework="pt") as tensors:
@@ -355,3 +269,12 @@ def load_state(step: Path, *, stage: str, parallel, tokenizer: Tokenizer) -> dic
     if scaler and machine.scaler.is_enabled():
         machine.scaler.load_state_dict(scaler)
     return state
+
+
+def _optimizer_remembers(step: Path) -> set[str]:
+    """The parameters for which a step holds the optimizer's memory; none before the first step that was taken."""
+    names = set()
+    for file in step.glob("optimizer*.safetensors"):
+        with safe_open(file, framework="pt") as tensors:
+            names |= {key.rpartition(":")[0] for key in tensors.keys()}  # noqa: SIM118 - not a dict
+    return names

@@ -1,0 +1,298 @@
+"""A model on disk, tensor by tensor: what its files hold, without a copy of it in memory.
+
+    Lazy, Weights       a tensor that is still in its file; a whole model of them, whatever format it comes from
+    open_weights        a Hugging Face directory: safetensors or .bin, one file or shards with their index
+    write_weights       the same, written as safetensors: one tensor in memory at a time
+    plan, write_descriptions    which tensors share a file, and the small files beside them
+
+checkpoint.py builds models from these and saves them; convert.py and doors/ carry them from one format to another.
+"""
+
+from __future__ import annotations
+
+from settings import UserError, read_json
+
+import dataclasses
+import json
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from files import write_json, written_beside
+from model import Llama, LlamaConfig
+from tokenizer import Tokenizer, load_tokenizer
+from torch_files import TorchFile, tensor_bytes
+
+SHARD_BYTES = 5 * 10**9  # Hugging Face's customary shard size
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+SAFETENSORS_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
+                      "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+                      "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}  # fmt: skip
+COMPUTED = "rotary_emb.inv_freq"  # old tools stored the rotary frequencies; every reader computes them
+
+
+@dataclass(frozen=True)
+class Lazy:
+    """A tensor that is still where it lies. `read()` gives it whole, on the CPU or where it was, in memory of its own."""
+
+    shape: torch.Size
+    dtype: torch.dtype
+    read: Callable[[], Tensor]
+
+    @property
+    def nbytes(self) -> int:
+        return self.shape.numel() * self.dtype.itemsize
+
+    def to(self, dtype: torch.dtype | None) -> Lazy:
+        """The same tensor, cast after it is read. None keeps its dtype."""
+        if dtype in (None, self.dtype):
+            return self
+        return dataclasses.replace(self, dtype=dtype, read=lambda: self.read().to(dtype))
+
+
+@dataclass
+class Weights:
+    """A model as its files describe it. Whatever the format, names and layouts are Hugging Face's.
+
+    tensors     name -> Lazy of every parameter of the architecture, lm_head.weight only if it is not tied
+    kind        the format, in words; facts: what else there is to know about it; odd: what a user should hear of
+    """
+
+    config: LlamaConfig
+    tensors: dict[str, Lazy]
+    tokenizer: Tokenizer | None = None
+    kind: str = "Hugging Face"
+    facts: dict[str, str] = field(default_factory=dict)
+    odd: list[str] = field(default_factory=list)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(lazy.nbytes for lazy in self.tensors.values())
+
+    @property
+    def dtypes(self) -> dict[torch.dtype, int]:
+        """dtype -> number of parameters stored in it, the most frequent first."""
+        counts: dict[torch.dtype, int] = {}
+        for lazy in self.tensors.values():
+            counts[lazy.dtype] = counts.get(lazy.dtype, 0) + lazy.shape.numel()
+        return dict(sorted(counts.items(), key=lambda item: -item[1]))
+
+
+def shapes_of(config: LlamaConfig) -> dict[str, torch.Size]:
+    """Hugging Face name -> shape of every parameter of an architecture, in the order of the model."""
+    with torch.device("meta"):
+        return Llama(config).parameter_shapes()
+
+
+def misfits(config: LlamaConfig, shapes: dict[str, torch.Size], says: str = "config.json") -> list[str]:
+    """What is wrong with tensors of these names and shapes for this architecture, each named with both shapes. `says`: the file
+    that the architecture was read from."""
+    wanted = shapes_of(config)
+    found = [f"{name} is unknown" for name in shapes if name not in wanted]
+    found += [f"{name} is {tuple(shapes[name])} and {says} says {tuple(shape)}" for name, shape in wanted.items()
+              if name in shapes and shapes[name] != shape]  # fmt: skip
+    return found + [f"{name} is missing" for name in wanted if name not in shapes]
+
+
+def check_shapes(weights: Weights, where, says: str = "config.json") -> None:
+    """Raises UserError that names the missing, unknown and misshapen tensors; puts the others in the model's order."""
+    problems = misfits(weights.config, {name: lazy.shape for name, lazy in weights.tensors.items()}, says)
+    if problems:
+        more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
+        raise UserError(f"{where} does not fit its {says}: {'; '.join(problems[:5])}{more}")
+    weights.tensors = {name: weights.tensors[name] for name in shapes_of(weights.config)}
+
+
+def permute(weight: Tensor, heads: int) -> Tensor:
+    """Rows of a q or k projection, [heads · hd, …]: from Hugging Face's order to the interleaved one of Meta, llama2.c and GGUF.
+
+    Rotary embedding turns pairs of rows. Hugging Face pairs row k of a head with row k + hd/2, Meta 2k with 2k + 1.
+    """
+    return weight.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2)
+
+
+def unpermute(weight: Tensor, heads: int) -> Tensor:
+    """The opposite of permute."""
+    return weight.unflatten(0, (heads, -1, 2)).transpose(1, 2).flatten(0, 2)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Hugging Face directories
+
+
+def weight_files(directory: Path) -> list[Path]:
+    """The files holding the weights; safetensors before .bin. Raises UserError if the index names a missing file."""
+    for single, index in (("model.safetensors", "model.safetensors.index.json"),
+                          ("pytorch_model.bin", "pytorch_model.bin.index.json")):  # fmt: skip
+        if (directory / single).exists():
+            return [directory / single]
+        if (directory / index).exists():
+            names = sorted(set(_weight_map(directory / index).values()))
+            missing = [name for name in names if not (directory / name).exists()]
+            if missing:
+                raise UserError(f"{directory / index} names {', '.join(missing)}, which {'is' if len(missing) == 1 else 'are'} missing")
+            return [directory / name for name in names]
+    return []
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+        raise UserError(f"{index} has no weight_map")
+    return weight_map
+
+
+def stored_tensors(directory: Path) -> dict[str, Lazy]:
+    """name -> Lazy of everything in a directory's weight files. Raises UserError for damaged files and a wrong index."""
+    tensors: dict[str, Lazy] = {}
+    where: dict[str, str] = {}
+    for file in weight_files(directory):
+        for name, lazy in (_safetensors if file.suffix == ".safetensors" else _bin)(file).items():
+            if name in tensors:
+                raise UserError(f"{directory}: {name} is in {where[name]} and in {file.name}; one of the two does not belong there")
+            tensors[name], where[name] = lazy, file.name
+    for index in directory.glob("*.index.json"):
+        if where and set(_weight_map(index).values()) == set(where.values()):
+            wrong = [f"{name} is in {where.get(name, 'no file')} and not in {file}" for name, file in _weight_map(index).items()
+                     if where.get(name) != file]  # fmt: skip
+            if wrong:
+                more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+                raise UserError(f"{index} is wrong: {'; '.join(wrong[:3])}{more}; copy it again with its weights")
+    return tensors
+
+
+def _safetensors(file: Path) -> dict[str, Lazy]:
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            slices = {name: tensors.get_slice(name) for name in tensors.keys()}  # noqa: SIM118 - not a dict
+            strange = [f"{name} ({part.get_dtype()})" for name, part in slices.items() if part.get_dtype() not in SAFETENSORS_DTYPES]
+            if strange:
+                raise UserError(f"{file} holds {', '.join(strange[:3])}, a dtype that is not read here")
+            return {name: Lazy(torch.Size(part.get_shape()), SAFETENSORS_DTYPES[part.get_dtype()], _reader(file, name))
+                    for name, part in slices.items()}  # fmt: skip
+    except (SafetensorError, OSError) as error:
+        raise _unreadable(file, error) from None
+
+
+def _reader(file: Path, name: str) -> Callable[[], Tensor]:
+    def read() -> Tensor:
+        try:
+            # Opened for one tensor: what the file's mapping has brought into memory goes when it is closed, and only the copy stays.
+            with safe_open(file, framework="pt") as tensors:
+                return tensors.get_tensor(name).clone()
+        except (SafetensorError, OSError) as error:
+            raise _unreadable(file, error) from None
+
+    return read
+
+
+def _unreadable(file: Path, error: Exception) -> UserError:
+    return UserError(f"{file} cannot be read ({error}); it may be truncated: copy or download it again")
+
+
+def _bin(file: Path) -> dict[str, Lazy]:
+    torch_file = TorchFile(file)
+    content = torch_file.content
+    if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
+        raise UserError(f"{file} is no file of named tensors")
+    return {name: Lazy(value.shape, value.dtype, torch_file.reader(name)) for name, value in content.items()}
+
+
+def open_weights(directory: Path, config: LlamaConfig | None = None) -> Weights:
+    """A Hugging Face directory, its weights still on disk. `config` replaces the directory's (with other RoPE scaling, say).
+
+    Raises UserError that names every missing, unknown and misshapen tensor.
+    """
+    config = config or LlamaConfig.from_json(directory)
+    tensors, odd = parameters_in(directory, config)
+    own = any((directory / name).exists() for name in ("tokenizer.model", "tokenizer.json"))
+    files = weight_files(directory)
+    facts = {"files": f"{len(files)} {files[0].suffix}"}
+    return Weights(config, tensors, load_tokenizer(directory) if own else None, facts=facts, odd=odd)
+
+
+def parameters_in(directory: Path, config: LlamaConfig) -> tuple[dict[str, Lazy], list[str]]:
+    """The parameters of this architecture among a directory's tensors, and remarks on those that were left out.
+
+    Raises UserError that names every missing, unknown and misshapen tensor.
+    """
+    stored, odd = stored_tensors(directory), []
+    if frequencies := [name for name in stored if name.endswith(COMPUTED)]:
+        odd += [f"{len(frequencies)} stored tensors of rotary frequencies (an old tool's) are left out: they are computed"]
+    if "lm_head.weight" in stored and config.tie_word_embeddings:
+        odd += ["lm_head.weight is stored although the embeddings are tied: left out"]
+    kept = {name: lazy for name, lazy in stored.items() if not name.endswith(COMPUTED)
+            and (name != "lm_head.weight" or not config.tie_word_embeddings)}  # fmt: skip
+    weights = Weights(config, kept)
+    check_shapes(weights, directory)
+    return weights.tensors, odd
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Writing
+
+
+def plan(stem: str, tensors: Iterable[tuple[str, Lazy]], shard_bytes: int = SHARD_BYTES) -> dict[str, dict[str, Lazy]]:
+    """Which tensors share a file: {file name: {name: Lazy}}."""
+    shards, room = [{}], shard_bytes
+    for name, lazy in tensors:
+        if shards[-1] and lazy.nbytes > room:
+            shards, room = [*shards, {}], shard_bytes
+        shards[-1][name] = lazy
+        room -= lazy.nbytes
+    if len(shards) == 1:
+        return {f"{stem}.safetensors": shards[0]}
+    return {f"{stem}-{i:05d}-of-{len(shards):05d}.safetensors": shard for i, shard in enumerate(shards, 1)}
+
+
+def write_weights(weights: Weights, out: Path, shard_bytes: int = SHARD_BYTES) -> None:
+    """A complete Hugging Face directory, one tensor in memory at a time; its tokenizer beside, config.json last."""
+    out.mkdir(parents=True, exist_ok=True)
+    files = plan("model", weights.tensors.items(), shard_bytes)
+    for name, tensors in files.items():
+        write_safetensors(out / name, tensors)
+    write_descriptions(out, weights.config, files, weights.tokenizer, dtype=next(iter(weights.dtypes)))
+
+
+def write_safetensors(path: Path, tensors: dict[str, Lazy]) -> None:
+    """One safetensors file: 8 bytes with the length of a JSON header, the header, then the tensors one after the other.
+
+    The package's own writer wants all tensors in memory at once.
+    """
+    names = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
+    ordered = sorted(tensors.items(), key=lambda item: -item[1].dtype.itemsize)  # so that each starts at a multiple of its item size
+    header, at = {"__metadata__": {"format": "pt"}}, 0
+    for name, lazy in ordered:
+        header[name] = {"dtype": names[lazy.dtype], "shape": list(lazy.shape), "data_offsets": [at, at + lazy.nbytes]}
+        at += lazy.nbytes
+    text = json.dumps(header, ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    with written_beside(path) as temporary, temporary.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for _, lazy in ordered:
+            file.write(tensor_bytes(lazy.read()))
+
+
+def write_descriptions(path: Path, config: LlamaConfig, files: dict[str, dict[str, Lazy]], tokenizer: Tokenizer | None = None, *,
+                       dtype: torch.dtype, template: str | None = None) -> None:  # fmt: skip
+    """All of a model directory but the weights: index, tokenizer, generation_config.json, and config.json last."""
+    for left in [*path.glob("model*.safetensors"), *path.glob("model*.safetensors.index.json")]:
+        if left.name not in files:  # weights that were here before and would be read instead of these
+            left.unlink()
+    if len(files) > 1:
+        total = sum(lazy.nbytes for tensors in files.values() for lazy in tensors.values())
+        weight_map = {name: file for file, tensors in files.items() for name in tensors}
+        write_json(path / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map})
+    if tokenizer is not None:
+        tokenizer.save(path, template=template)
+    described = config.to_dict() | {"torch_dtype": str(dtype).removeprefix("torch.")}
+    generation = {"bos_token_id": described["bos_token_id"], "eos_token_id": described["eos_token_id"]}
+    if tokenizer is not None:
+        stops = tokenizer.stop_ids(template) if template or tokenizer.template else [tokenizer.eos_id]
+        generation = {"bos_token_id": tokenizer.bos_id, "eos_token_id": stops[0] if len(stops) == 1 else stops}
+    write_json(path / "generation_config.json", {**generation, "do_sample": True, "temperature": 0.7, "top_p": 0.9})
+    write_json(path / "config.json", described)
