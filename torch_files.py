@@ -68,7 +68,7 @@ class TorchFile:
         if self._mapped and inert:
             try:
                 unknown = torch.serialization.get_unsafe_globals_in_checkpoint(self.path)
-            except Exception as error:  # whatever a damaged pickle makes the unpickler raise
+            except Exception as error:  # damaged bytes make the unpickler raise anything
                 raise self._unreadable(error) from None
             wanted = [name for name in unknown if name in inert or name.startswith(tuple(n for n in inert if n.endswith(".")))]
             self._stand_ins += [(Inert, name) for name in wanted]
@@ -94,7 +94,7 @@ class TorchFile:
             name = str(error).partition("Unsupported global: GLOBAL ")[2].split(" ")[0]
             raise UserError(f"{self.path} is no file of tensors, or holds code beside them{f' ({name})' if name else ''}, which is never "
                             "run; convert it to safetensors where it comes from") from None  # fmt: skip
-        except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+        except Exception as error:  # damaged bytes make the unpickler raise anything
             raise self._unreadable(error) from None
 
     def _unreadable(self, error: Exception) -> UserError:
