@@ -7,6 +7,7 @@
     python bench.py faults --kills 30                                       # is a run that is killed again and again the same?
     python bench.py plan   --model llama3-8b --gpus 8 --gpu-memory 80       # which way to share a model out fits?
     python bench.py smoke  --device npu                                     # does a device compute the right numbers?
+    python bench.py convert --model llama2-7b                               # what memory does convert.py take for a 7B checkpoint?
 
 Every measurement is a process of its own, so that neither memory nor caches carry over, and the sides take turns
 (bench_turns.py). What is printed is the median over repeats, the spread between them, and the ratio of the sides, taken
@@ -34,6 +35,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import devices
+from bench_convert import ConvertConfig, convert
 from bench_data import DataConfig, data, data_worker
 from bench_faults import FaultsConfig, faults
 from bench_plan import PlanConfig, plan
@@ -360,6 +362,7 @@ COMMANDS = {
     "faults": (faults, FaultsConfig, "kill a training run again and again: does it end as if nothing had happened?", None),
     "plan": (plan, PlanConfig, "what a training needs in memory on each device, and how long it takes", None),
     "smoke": (smoke, SmokeConfig, "a minute's self-test of a device: what computes the right numbers", None),
+    "convert": (convert, ConvertConfig, "memory and time of format conversions on a random checkpoint of a real size", None),
 }
 
 

@@ -1,7 +1,7 @@
-"""What a sentencepiece `tokenizer.model` holds, and the same vocabulary as a `tokenizer.json`.
+"""What a sentencepiece `tokenizer.model` holds, how to write one, and the same vocabulary as a `tokenizer.json`.
 
 sentencepiece's Python package encodes and decodes, but tells little of what is in the file. The file is a protobuf
-message, a format simple enough to read in a page of code (`protobuf_fields`).
+message, a format simple enough to read and to write in a page of code (`protobuf_fields`, `protobuf_message`).
 """
 
 from __future__ import annotations
@@ -87,6 +87,56 @@ def protobuf_fields(data: bytes):
             raise ValueError("truncated")
         yield number, data[at : at + size]
         at += size
+
+
+def protobuf_message(*fields: tuple[int, int | float | bool | str | bytes]) -> bytes:
+    """The bytes of a message with these (number, value) fields: what protobuf_fields reads. Floats take four bytes."""
+
+    def varint(value: int) -> bytes:
+        value &= 2**64 - 1  # a negative number is written as if unsigned, in ten bytes
+        low = []
+        while value > 0x7F:
+            low.append(value & 0x7F | 0x80)
+            value >>= 7
+        return bytes([*low, value])
+
+    message = []
+    for number, value in fields:
+        if isinstance(value, float):
+            message += [varint(number << 3 | 5), struct.pack("<f", value)]
+        elif isinstance(value, int):
+            message += [varint(number << 3), varint(value)]
+        else:
+            data = value.encode() if isinstance(value, str) else value
+            message += [varint(number << 3 | 2), varint(len(data)), data]
+    return b"".join(message)
+
+
+def piece_records(pieces) -> bytes:
+    """(text, score, type) of every piece as the model file spells them: its field 1, once for each.
+
+    A repeated field may stand anywhere in a message, so these bytes behind those of a whole tokenizer.model are that
+    model with pieces added to it, and every old byte is as it was.
+    """
+    return b"".join(protobuf_message((1, protobuf_message((1, text), (2, float(score)), (3, kind))))
+                    for text, score, kind in pieces)  # fmt: skip
+
+
+def sentencepiece_bytes(pieces, *, add_dummy_prefix: bool, unk_id: int, bos_id: int | None, eos_id: int | None,
+                        pad_id: int | None = None, byte_fallback: bool = True) -> bytes:  # fmt: skip
+    """A whole tokenizer.model: byte pair encoding with these pieces, [(text, score, type)], and no normalisation.
+
+    The sentencepiece package loads it, provided the pieces suit it: one of type UNKNOWN, all 256 of type BYTE if
+    byte_fallback, none twice or empty. The ids are recorded by the texts of their pieces, as that package looks them
+    up. Field numbers: sentencepiece_model.proto.
+    """
+    ids = {40: unk_id, 41: bos_id, 42: eos_id, 43: pad_id}
+    trainer = [(3, 2), (4, len(pieces)), (35, byte_fallback)]  # model_type BPE, vocab_size, byte_fallback
+    trainer += [(number, -1 if token_id is None else token_id) for number, token_id in ids.items()]
+    trainer += [(number + 5, pieces[token_id][0]) for number, token_id in ids.items() if token_id is not None]
+    normalizer = [(1, "identity"), (3, add_dummy_prefix), (4, False), (5, True)]  # 4: runs of spaces stay; 5: as ▁
+    return piece_records(pieces) + protobuf_message(
+        (2, protobuf_message(*trainer)), (3, protobuf_message(*normalizer)))  # fmt: skip
 
 
 def merges_of(model: SentencePieceModel) -> list[tuple[str, str]]:

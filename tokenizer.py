@@ -1,6 +1,7 @@
 """Text to token ids and back.
 
     python tokenizer.py train   --input corpus.txt more.jsonl --vocab-size 6400 --out out/tokenizer
+    python tokenizer.py extend  --base path/to/llama2 --new out/tokenizer --out out/extended --specials "<|im_end|>"
     python tokenizer.py show    --tokenizer out/tokenizer --text "你好，世界"
     python tokenizer.py compare --tokenizer out/tokenizer path/to/chatglm2 --input corpus.txt
 
@@ -11,7 +12,8 @@ Two engines stand behind one interface. `tokenizer.model` is sentencepiece (our 
     A foreign model that normalises its input or lacks bytes cannot keep it; `compare` says which do.
   * encode() reads its argument as plain text: "</s>" in a user's message is four characters, never the end of a turn.
 
-How conversations become ids stands in chat_template.py; training and comparing in tokenizer_tools.py.
+How conversations become ids stands in chat_template.py; training and comparing in tokenizer_tools.py; adding pieces to a
+vocabulary in extension.py.
 """
 
 from __future__ import annotations
@@ -33,11 +35,12 @@ import sentencepiece
 import chat_template
 import tokenizer_tools as tools
 from chat_template import TEMPLATES
+from extension import ExtendConfig, check_base, extend_model, report_extension
 from files import utf8_lines, write_json, written_beside
 from sentencepiece_model import CONTROL, SPACE, UNKNOWN, read_sentencepiece, tokenizers_json
 from tokenizer_tools import CompareConfig, ShowConfig, TrainConfig, compare, show
 
-__all__ = ["TEMPLATES", "TokenStream", "Tokenizer", "load_tokenizer", "train", "utf8_lines"]
+__all__ = ["TEMPLATES", "TokenStream", "Tokenizer", "extend", "load_tokenizer", "train", "utf8_lines"]
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The interface.
@@ -420,24 +423,76 @@ def train_from(config: TrainConfig) -> Tokenizer:
         raise UserError("; ".join(problems))
     characters, size = tools.text_size(config.input)
     settings = tools.training_settings(config)
-    if tools.already_trained(config.out, settings):
+    if tools.already_made(config.out, settings, "input text"):
         return load_tokenizer(config.out)
     started, model = time.perf_counter(), tools.train_bpe(config, characters, size)
-    out = config.out.resolve()
-    partial = out.with_name(f".{out.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)  # of an interrupted run
-    partial.mkdir(parents=True)
-    (partial / "tokenizer.model").write_bytes(model)
-    load_tokenizer(partial).save(partial)
-    write_json(partial / "args.json", settings)
-    os.replace(partial, out)
-    tokenizer = load_tokenizer(out)
+    tokenizer = _write_whole(config.out, model, settings)
     tools.report_training(tokenizer, config, time.perf_counter() - started)
     return tokenizer
 
 
+def extend(base, new, out, **options) -> Tokenizer:
+    """Add the pieces of the sentencepiece model `new` (None: none) to the tokenizer `base`, and write it to `out`.
+
+    options: specials, keep, keep_dead, text, as in ExtendConfig. Old ids, and the encoding of text that holds no new
+    piece, stay as they are. Raises UserError for models where that cannot be, or if `out` holds something else.
+    """
+    return extend_from(ExtendConfig(Path(base), Path(out), Path(new) if new else None, **options))
+
+
+def extend_from(config: ExtendConfig) -> Tokenizer:
+    if problems := config.problems():
+        raise UserError("; ".join(problems))
+    base, new = load_tokenizer(config.base), load_tokenizer(config.new) if config.new else None
+    if not isinstance(base, SentencePieceTokenizer):
+        raise UserError(f"{config.base} is a tokenizer.json, and extend works on a sentencepiece tokenizer.model. Llama-3's "
+                        "128,256 tokens hold Chinese words as they are (Llama-3-Chinese keeps them): train on with it; for "
+                        "special tokens take some of its <|reserved_special_token_0|> and so on")
+    check_base(config.base, base._model)
+    if new and not isinstance(new, SentencePieceTokenizer):
+        raise UserError(f"{config.new} is a tokenizer.json; --new takes a sentencepiece model, such as `python tokenizer.py "
+                        "train` makes")
+    outside = base.pieces[len(base._model.pieces) :]
+    if gaps := [text for text in outside if text not in base.special_tokens]:
+        raise UserError(f"{config.base} has ids without a token ({' '.join(gaps[:3])}); extend cannot number past them")
+    specials = [text for text in config.specials if text not in base.special_tokens]
+    if ordinary := [text for text in specials if text in base.pieces]:
+        raise UserError(f"{', '.join(ordinary)} of --specials is already an ordinary token of {config.base}; name another")
+    settings = {"specials": list(config.specials), "keep": config.keep, "keep_dead": config.keep_dead, "run": {
+        "base": base.fingerprint, "new": new and new.fingerprint, "chat_template": base.jinja, "add_bos": base.add_bos,
+        "named_specials": base.named_specials}}  # fmt: skip
+    if tools.already_made(config.out, settings, "base or new model"):
+        return load_tokenizer(config.out)
+    if config.text:
+        tools.text_size([config.text])  # finds every mistake in it before anything is written
+    started = time.perf_counter()
+    extension = extend_model(base._data, new._model.pieces if new else (), specials=specials, outside=outside,
+                             keep=config.keep, keep_dead=config.keep_dead)  # fmt: skip
+    # With <|im_start|> in it the new one might be taken for one of ours, which start no document with BOS.
+    described = {**base.config, **base.named_specials, "chat_template": base.jinja, "add_bos_token": base.add_bos}
+    tokenizer = _write_whole(config.out, extension.data, settings, described, base.template)
+    report_extension(config, base, tokenizer, extension, time.perf_counter() - started)
+    return tokenizer
+
+
+def _write_whole(out: Path, model: bytes, settings: dict, config: dict | None = None, template: str | None = None):
+    """A tokenizer directory that is whole or absent, and the tokenizer. config: the tokenizer_config.json to begin with."""
+    out = out.resolve()
+    partial = out.with_name(f".{out.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)  # of an interrupted run
+    partial.mkdir(parents=True)
+    (partial / "tokenizer.model").write_bytes(model)
+    if config:
+        write_json(partial / "tokenizer_config.json", config)
+    load_tokenizer(partial).save(partial, template)
+    write_json(partial / "args.json", settings)
+    os.replace(partial, out)
+    return load_tokenizer(out)
+
+
 COMMANDS = {
     "train": (train_from, TrainConfig, "train a byte pair encoding on text files"),
+    "extend": (extend_from, ExtendConfig, "add the pieces of a Chinese model, and special tokens, to a Llama tokenizer"),
     "show": (lambda config: show(load_tokenizer(config.tokenizer), config.text), ShowConfig,
              "print the tokens of a text"),
     "compare": (lambda config: compare({path: load_tokenizer(path) for path in config.tokenizer}, config.input),

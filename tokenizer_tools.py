@@ -64,19 +64,22 @@ def training_settings(config: TrainConfig) -> dict:
             "sample_mb": config.sample_mb, "run": {"files": files}}  # fmt: skip
 
 
-def already_trained(out: Path, settings: dict) -> bool:
-    """Whether `out` holds the result of this very training. Raises UserError if it holds anything else."""
+def already_made(out: Path, settings: dict, sources: str) -> bool:
+    """Whether `out` holds the result of these very settings. Raises UserError if it holds anything else.
+
+    sources: what settings["run"] tells of, as the message calls it.
+    """
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return False
     if not (out / "args.json").is_file() or not (out / "tokenizer.model").is_file():
         raise UserError(f"{out} already exists and holds something else; choose another --out or remove it")
     stored = read_json(out / "args.json")
-    different = ["the input text differs" if key == "run" else f"{key} was {stored.get(key)} and is now {value}"
+    different = [f"the {sources} differs" if key == "run" else f"{key} was {stored.get(key)} and is now {value}"
                  for key, value in settings.items() if stored.get(key) != value]  # fmt: skip
     if different:
         raise UserError(f"{out} already holds another tokenizer ({'; '.join(different)}); choose another --out or "
                         "remove it")
-    print(f"{out} already holds this tokenizer (same text, same settings); nothing to do")
+    print(f"{out} already holds this tokenizer (same input, same settings); nothing to do")
     return True
 
 

@@ -21,6 +21,7 @@ from settings import UserError
 import argparse
 import io
 import pickle
+import re
 import zipfile
 from collections import OrderedDict
 from collections.abc import Callable
@@ -34,16 +35,26 @@ STORAGES = {torch.float64: torch.DoubleStorage, torch.float32: torch.FloatStorag
             torch.bfloat16: torch.BFloat16Storage, torch.int64: torch.LongStorage, torch.int32: torch.IntStorage,
             torch.int16: torch.ShortStorage, torch.int8: torch.CharStorage, torch.uint8: torch.ByteStorage,
             torch.bool: torch.BoolStorage}  # fmt: skip
+NPU_TENSOR = "torch_npu.utils.storage._rebuild_npu_tensor"
+REFUSED = re.compile(r"[Uu]nsupported (?:global: )?GLOBAL (\S+)")  # how torch names what it does not run
 
 
 class Inert:
-    """Stands in for an object of a class that is not to be run. Keeps what the pickle said of it: .args, and its attributes."""
+    """Stands in for an object of a class that is not to be run. Keeps what the pickle said of it: .args and .state."""
 
     def __init__(self, *args):
         self.args = args
 
+    def __setstate__(self, state) -> None:
+        self.state = state
+
     def __repr__(self) -> str:
         return f"Inert{self.args}"
+
+
+def _rebuild_npu_tensor(storage, offset, size, stride, requires_grad, hooks, *_):
+    """What older torch_npu (Ascend) calls in the pickle of a tensor that lay on an NPU. The rest is about its layout there."""
+    return torch._utils._rebuild_tensor_v2(storage, offset, size, stride, requires_grad, hooks)
 
 
 def tensor_bytes(tensor: Tensor) -> memoryview:
@@ -60,7 +71,7 @@ class TorchFile:
     """
 
     def __init__(self, path: Path, inert: tuple[str, ...] = ()):
-        self.path, self._stand_ins = Path(path), [argparse.Namespace]
+        self.path, self._stand_ins = Path(path), [argparse.Namespace, (_rebuild_npu_tensor, NPU_TENSOR)]
         if not self.path.is_file():
             raise UserError(f"{path} {'is a directory; a file is needed' if self.path.is_dir() else 'does not exist'}")
         with self.path.open("rb") as file:
@@ -82,7 +93,7 @@ class TorchFile:
             value = self._whole if self._whole is not None else self._load("cpu")
             for key in keys:
                 value = value[key]
-            return value.clone()
+            return value.detach().clone()
 
         return read
 
@@ -91,9 +102,9 @@ class TorchFile:
             with torch.serialization.safe_globals(self._stand_ins):
                 return torch.load(self.path, map_location=device, weights_only=True, mmap=self._mapped)
         except pickle.UnpicklingError as error:
-            name = str(error).partition("Unsupported global: GLOBAL ")[2].split(" ")[0]
-            raise UserError(f"{self.path} is no file of tensors, or holds code beside them{f' ({name})' if name else ''}, which is never "
-                            "run; convert it to safetensors where it comes from") from None  # fmt: skip
+            name = REFUSED.search(str(error))
+            raise UserError(f"{self.path} is no file of tensors, or holds code beside them{f' ({name[1]})' if name else ''}, which is "
+                            "never run; convert it to safetensors where it comes from") from None  # fmt: skip
         except Exception as error:  # damaged bytes make the unpickler raise anything
             raise self._unreadable(error) from None
 

@@ -14,7 +14,19 @@ import hypothesis
 import pytest
 import torch
 from examinees_at_hand import exam_dir, examinee, model_dir, theirs, tokenizer  # noqa: F401  fixtures
-from tokenizers_at_hand import any_tokenizer, llama3_dir, ours, ours_dir, poem, spaceless_dir, transformers  # noqa: F401
+from tokenizers_at_hand import (  # noqa: F401
+    any_tokenizer,
+    english,
+    english_dir,
+    extended,
+    extended_dir,
+    llama3_dir,
+    ours,
+    ours_dir,
+    poem,
+    spaceless_dir,
+    transformers,
+)
 
 torch.set_num_threads(1)
 # A shell starts background jobs deaf to Ctrl-C, and their children inherit it; tests send it.

@@ -12,7 +12,7 @@ import pytest
 import sentencepiece
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers_at_hand import CHAT, NASTY, SHARED, VOCAB_SIZE, copy_with_config, messages, parity_texts, real
+from tokenizers_at_hand import CHAT, NASTY, REAL, SHARED, VOCAB_SIZE, copy_with_config, messages, parity_texts, real
 
 import sentencepiece_model as sp
 import tokenizer as tk
@@ -249,6 +249,41 @@ def test_proto_reader_agrees_with_sentencepiece(ours_dir):
         for i, (text, score, kind) in enumerate(pieces):
             assert (text, score) == (reference.id_to_piece(i), reference.get_score(i))
             assert (kind == sp.CONTROL, kind == sp.BYTE) == (reference.is_control(i), reference.is_byte(i))
+
+
+@pytest.mark.parametrize("name", ["ours", "spaceless", "llama2"])
+def test_a_model_written_by_hand_is_sentencepieces(name, request):
+    """The pieces of a model, written again by us: the package gives the same ids, our reader the same content."""
+    path = SHARED / name if name in REAL else request.getfixturevalue(f"{name}_dir")
+    if not path.is_dir():
+        pytest.skip(f"the real {name} tokenizer is not here")
+    original = (path / "tokenizer.model").read_bytes()
+    reference, model = sentencepiece.SentencePieceProcessor(model_proto=original), sp.read_sentencepiece(original)
+    data = sp.sentencepiece_bytes(model.pieces, add_dummy_prefix=model.add_dummy_prefix, unk_id=0, bos_id=1, eos_id=2)
+    assert sp.read_sentencepiece(data) == model
+    rebuilt = sentencepiece.SentencePieceProcessor(model_proto=data)
+    texts = [*NASTY, *parity_texts(), "".join(NASTY)]
+    assert [rebuilt.encode(text) for text in texts] == [reference.encode(text) for text in texts]
+    for processor in (reference, rebuilt):
+        ids = processor.unk_id(), processor.bos_id(), processor.eos_id(), processor.pad_id()
+        assert ids == (0, 1, 2, -1)
+
+
+def test_special_ids_of_a_model_written_by_hand():
+    pieces = [("[gap]", 0, sp.CONTROL), ("[?]", 0, sp.UNKNOWN), ("[end]", 0, sp.CONTROL), ("a", -1, sp.NORMAL)]
+    data = sp.sentencepiece_bytes(pieces, add_dummy_prefix=False, unk_id=1, bos_id=None, eos_id=2, pad_id=0,
+                                  byte_fallback=False)  # fmt: skip
+    processor = sentencepiece.SentencePieceProcessor(model_proto=data)
+    assert (processor.unk_id(), processor.bos_id(), processor.eos_id(), processor.pad_id()) == (1, -1, 2, 0)
+    assert processor.encode("ab") == [3, 1]
+
+
+def test_protobuf_writer_agrees_with_protobuf():
+    proto = pytest.importorskip("sentencepiece.sentencepiece_model_pb2")
+    spec = proto.TrainerSpec(vocab_size=300, pad_id=-1, character_coverage=0.5, byte_fallback=True, unk_piece="▁x")
+    spec.input_sentence_size = 2**40
+    fields = [(4, 300), (10, 0.5), (11, 2**40), (35, True), (43, -1), (45, "▁x")]
+    assert sp.protobuf_message(*fields) == spec.SerializeToString()
 
 
 def test_truncated_models(ours_dir, tmp_path):

@@ -6,9 +6,11 @@ from settings import UserError
 
 import argparse
 import enum
+import os
 import sys
 import types
 import zipfile
+from collections import OrderedDict
 
 import pytest
 import torch
@@ -100,6 +102,46 @@ def test_declared_classes_become_inert(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="never run"):  # what is not declared is still refused
         TorchFile(tmp_path / "evil.pt", inert=("strange.",))
     assert not (tmp_path / "ran").exists()
+
+
+def test_blocked_modules_are_named_too(tmp_path):
+    class Remover:
+        def __reduce__(self):
+            return (os.rmdir, (str(tmp_path / "folder"),))
+
+    (tmp_path / "folder").mkdir()
+    torch.save({"a": Remover()}, tmp_path / "x.pt")
+    with pytest.raises(UserError, match=r"\(posix\.rmdir\), which is never run"):
+        TorchFile(tmp_path / "x.pt")
+    assert (tmp_path / "folder").exists()
+
+
+def test_tensors_that_lay_on_an_npu_and_parameters_are_read(tmp_path, monkeypatch):
+    module = types.ModuleType("torch_npu.utils.storage")
+
+    def _rebuild_npu_tensor(storage, offset, size, stride, requires_grad, hooks, info):
+        raise AssertionError("not to be called")
+
+    _rebuild_npu_tensor.__module__, _rebuild_npu_tensor.__qualname__ = module.__name__, "_rebuild_npu_tensor"
+    module._rebuild_npu_tensor = _rebuild_npu_tensor
+    for name in ("torch_npu", "torch_npu.utils", "torch_npu.utils.storage"):
+        monkeypatch.setitem(sys.modules, name, module)
+
+    class OnNpu(torch.Tensor):
+        def __reduce_ex__(self, protocol):
+            plain = self.as_subclass(torch.Tensor)
+            layout = (plain.storage_offset(), tuple(plain.shape), plain.stride(), False, OrderedDict(), (0,))
+            return _rebuild_npu_tensor, (torch.storage.TypedStorage(wrap_storage=plain.untyped_storage(), dtype=plain.dtype), *layout)
+
+    weight = torch.randn(3, 4)
+    torch.save({"a": weight.as_subclass(OnNpu), "b": torch.nn.Parameter(weight)}, tmp_path / "x.pt")
+    for name in ("torch_npu", "torch_npu.utils", "torch_npu.utils.storage"):
+        monkeypatch.delitem(sys.modules, name)
+    file = TorchFile(tmp_path / "x.pt")
+    for name in "ab":
+        read = file.reader(name)()
+        assert torch.equal(read, weight) and type(read) is torch.Tensor and not read.requires_grad
+        assert file.content[name].shape == (3, 4)
 
 
 def test_damaged_files_are_named(tmp_path):

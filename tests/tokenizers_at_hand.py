@@ -15,12 +15,15 @@ from pathlib import Path
 import pytest
 
 import tokenizer as tk
+from sentencepiece_model import sentencepiece_bytes
 
 REPO = Path(__file__).resolve().parent.parent
 SHARED = Path(os.environ.get("CRIA_SHARED_DATA", REPO.parent / "shared" / "data")) / "tokenizers"
 REAL = ("chatglm2", "llama2", "minimind")
 VOCAB_SIZE = 700
 WORDS = "春眠不觉晓处闻啼鸟夜来风雨声花落知多少床前明月光疑是地上霜举头望低思故乡白日依山尽黄河入海流"
+
+ENGLISH = "The quick brown fox jumps over the lazy dog, and the other dogs watch the fox: 12 times!\n"
 
 NASTY = [
     "", " ", "  a b", "a  b ", "\n", "\n\n a\n", "\t", "\r\n", "\0", "a\0b", "e\u0301", "\u0301", "\u200b", "\ufeff",
@@ -76,6 +79,37 @@ def spaceless_dir(tmp_path_factory):
     (root / "corpus.txt").write_text(sample_text().replace(" ", ""), encoding="utf-8")
     tk.train([root / "corpus.txt"], 450, root / "tokenizer")
     return root / "tokenizer"
+
+
+@pytest.fixture(scope="session")
+def english_dir(tmp_path_factory):
+    """A small Llama: English pieces, bytes for the rest, a space before every text."""
+    root = tmp_path_factory.mktemp("english")
+    (root / "corpus.txt").write_text(ENGLISH * 3, encoding="utf-8")
+    trained = tk.train([root / "corpus.txt"], 360, root / "trained")
+    pieces = [piece for piece in trained._model.pieces if "<|" not in piece[0]]
+    data = sentencepiece_bytes(pieces, add_dummy_prefix=True, unk_id=0, bos_id=1, eos_id=2)
+    (root / "tokenizer").mkdir()
+    (root / "tokenizer" / "tokenizer.model").write_bytes(data)
+    return root / "tokenizer"
+
+
+@pytest.fixture(scope="session")
+def extended_dir(english_dir, ours_dir, tmp_path_factory):
+    """It with the Chinese pieces of ours, and two special tokens."""
+    out = tmp_path_factory.mktemp("extended") / "out"
+    tk.extend(english_dir, ours_dir, out, specials=("<|im_start|>", "<|im_end|>"))
+    return out
+
+
+@pytest.fixture(scope="session")
+def english(english_dir):
+    return tk.load_tokenizer(english_dir)
+
+
+@pytest.fixture(scope="session")
+def extended(extended_dir):
+    return tk.load_tokenizer(extended_dir)
 
 
 @pytest.fixture(scope="session")
