@@ -43,6 +43,7 @@ class PlanConfig:
     micro_batch: int | None = flag(None, "sequences that one device holds at a time; default: as many as fit")
     batch_size: int | None = flag(None, "sequences per optimizer step, over all devices; default: about half a million tokens")
     checkpointing: bool | None = flag(None, "recompute activations in backward; default: show both")
+    train: str = flag("all", "what learns: all, or the embedding and the head alone", choices=("all", "embeddings"))
     fsdp: bool = flag(False, "show this strategy (default: all)")
     deepspeed: str | None = flag(None, "show this stage of DeepSpeed ZeRO", choices=("1", "2", "3"))
     offload: bool = flag(False, "show ZeRO-3 with weights and optimizer in the host's memory")
@@ -97,10 +98,11 @@ def plan(config: PlanConfig) -> dict:
     """Print the table and the advice. Returns both: "rows", and "recommended", which is None where nothing fits."""
     llama = config.llama()
     T = config.length(llama)
-    counts = count(llama, T)
+    counts = count(llama, T, config.train)
     modes = (False, True) if config.checkpointing is None else (config.checkpointing,)
     rows = [plan_row(config, counts, T, strategy, checkpointing) for strategy in config.strategies() for checkpointing in modes]
-    print(f"{config.model}: {human(counts.all)} parameters, sequences of {T:,} tokens, {config.dtype}, {config.gpus} x "
+    learning = f", of which {human(counts.trained)} are trained" * (counts.frozen > 0)
+    print(f"{config.model}: {human(counts.all)} parameters{learning}, sequences of {T:,} tokens, {config.dtype}, {config.gpus} x "
           f"{config.gpu_memory:g} GiB ({config.device}), of which {config.reserve:.0%} stay free. GiB per device:\n")  # fmt: skip
     print_rows(rows, config.markdown)
     best = recommend([row for row in rows if row["fits"]], T)
@@ -108,13 +110,13 @@ def plan(config: PlanConfig) -> dict:
         best |= {"command": command(config, best, T), "seconds": seconds(config, counts, best)}
         total = best["parts"].total / GIB
         print(f"\nrecommended: {_title(best)}, {total:.1f} of {config.gpu_memory:g} GiB per device\n    {best['command']}")
-        print(_time_line(config, best))
+        print(_time_line(config, counts, best))
     else:
         print(f"\nnothing fits; {_title(min(rows, key=lambda row: row['parts'].total))} comes closest. More --gpus, a shorter --seq-len, a "
               "smaller --micro-batch, --checkpointing or --deepspeed 3 --offload (with enough --host-memory) take less")  # fmt: skip
     P = counts.all
-    print(f"disk: {12 * P / GIB:.1f} GiB per checkpoint (fp32 weights and two moments); final weights {4 * P / GIB:.1f} GiB, "
-          f"with --save-dtype bf16 {2 * P / GIB:.1f}")  # fmt: skip
+    print(f"disk: {(4 * P + 8 * counts.trained) / GIB:.1f} GiB per checkpoint (fp32 weights and two moments); "
+          f"final weights {4 * P / GIB:.1f} GiB, with --save-dtype bf16 {2 * P / GIB:.1f}")  # fmt: skip
     return {"parameters": P, "rows": rows, "recommended": best}
 
 
@@ -186,8 +188,10 @@ def command(config: PlanConfig, row: dict, T: int) -> str:
     at_once = config.gpus * row["micro_batch"]
     batch = config.batch_size or at_once * math.ceil(TOKENS_PER_STEP / T / at_once)
     several = f"--nnodes={machines} --rdzv-backend=c10d --rdzv-endpoint=HOST:29400" if machines > 1 else ""
-    words = ["python" if config.gpus == 1 else f"torchrun {several} --nproc_per_node={local}", "pretrain.py",
-             f"--init-from {config.model}" if Path(config.model).is_dir() else f"--model {config.model}", f"--seq-len {T}",
+    continued, frozen = Path(config.model).is_dir(), config.train != "all"
+    model = f"--init-from {config.model}" if continued else f"--init-from path/to/{config.model}" if frozen else f"--model {config.model}"
+    words = ["python" if config.gpus == 1 else f"torchrun {several} --nproc_per_node={local}", "pretrain.py", model,
+             f"--train {config.train}" * frozen, f"--seq-len {T}",
              row["strategy"].flags, "--checkpointing" * row["checkpointing"],
              f"--micro-batch {row['micro_batch']} --batch-size {batch}", f"--device {config.device}" * (config.device != "cuda"),
              f"--dtype {config.dtype}" * (config.dtype != "bf16")]  # fmt: skip
@@ -195,23 +199,23 @@ def command(config: PlanConfig, row: dict, T: int) -> str:
 
 
 def seconds(config: PlanConfig, counts: Counts, row: dict) -> float | None:
-    """For --tokens at --mfu of the peak; checkpointing computes the forward pass, a third of the work, once more."""
+    """For --tokens at --mfu of the peak; checkpointing computes the forward pass once more."""
     peak = config.peak_tflops or (PEAK_TFLOPS.get(config.gpu) if config.dtype != "fp32" else None)
     if peak is None:
         return None
-    useful = config.tokens * counts.flops_per_token / (config.gpus * peak * 1e12 * config.mfu)
-    return useful * 4 / 3 if row["checkpointing"] else useful
+    flops = counts.flops_per_token + counts.forward_flops * row["checkpointing"]
+    return config.tokens * flops / (config.gpus * peak * 1e12 * config.mfu)
 
 
 def _title(row: dict) -> str:
     return row["name"] + " with checkpointing" * row["checkpointing"]
 
 
-def _time_line(config: PlanConfig, row: dict) -> str:
+def _time_line(config: PlanConfig, counts: Counts, row: dict) -> str:
     if row["seconds"] is None:
         return "time: say which --gpu this is, or its --peak-tflops"
     hours = row["seconds"] / 3600
     shown = f"{hours / 24:,.1f} days" if hours > 48 else f"{hours:,.1f} hours"
     slower = "; offloading is slower than that: measure it" if row["strategy"] is OFFLOAD else ""
-    recomputed = ", a third for checkpointing on top" * row["checkpointing"]
+    recomputed = f", {counts.forward_flops / counts.flops_per_token:.0%} for checkpointing on top" * row["checkpointing"]
     return f"time: {shown} for {human(config.tokens)} tokens at {config.mfu:.0%} of the peak{recomputed}{slower}"

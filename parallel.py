@@ -6,12 +6,16 @@
     DeepSpeed     --deepspeed 1|2|3|FILE.json: ZeRO by the deepspeed package; --offload moves state to the host's memory
 
     parallel = make_parallel(machine, config)
-    model = parallel.build(llama)                         # memory is there, values are not
+    model = parallel.build(llama, trained=None)           # memory is there, values are not; None: all of it learns
     network = parallel.wrap(model, optimizer, ...)        # what the loop calls
     parallel.fill(tensors)                                # whole tensors in, one at a time
 
 A checkpoint is the same file whoever wrote it: `read` gives back a whole tensor by name and `write` takes one, whatever part of
 it lives on this device. So a run may go on under another strategy, on another number of devices.
+
+Where only some parameters learn, the others are frozen before anything is wrapped: they have no gradient, no optimizer state and no
+place in a bucket, and backward computes through them but not for them. They stay exactly what fill() was given, also where the
+devices compute with a rounded copy.
 """
 
 from __future__ import annotations
@@ -24,7 +28,7 @@ import json
 import logging
 import os
 import warnings
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 
 import torch
@@ -70,10 +74,10 @@ class Replicated:
     def describe(self) -> str:
         return ", DDP" if self.machine.world > 1 else ""
 
-    def build(self, llama: LlamaConfig) -> Llama:
-        """The model, its parameters on the device in fp32 but without values: see fill()."""
+    def build(self, llama: LlamaConfig, trained: Collection[str] | None = None) -> Llama:
+        """The model, its parameters on the device in fp32 but without values: see fill(). `trained` names those that learn; None: all."""
         with torch.device("meta"):
-            model = Llama(llama)
+            model = freeze(Llama(llama), trained)
         return model.to_empty(device=self.machine.device)
 
     def wrap(self, model: Llama, optimizer: torch.optim.Optimizer, *, clip: float, micro_batch: int, micro_batches: int) -> nn.Module:
@@ -121,13 +125,18 @@ class Replicated:
     def parameters(self) -> dict[str, nn.Parameter]:
         return dict(self.model.named_parameters())
 
+    @functools.cached_property
+    def trained(self) -> list[str]:
+        """The names of those that learn: they alone have gradients, and something in the optimizer's memory."""
+        return [name for name, parameter in self.parameters.items() if parameter.requires_grad]
+
     def fill(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
         """Give the parameters their values: (name, whole tensor) of each, the same on every rank."""
         for name, tensor in tensors:
             self.write(name, tensor)
 
     def state_keys(self) -> list[str]:
-        """What the optimizer keeps for each parameter: exp_avg, exp_avg_sq, step … Nothing before its first step."""
+        """What the optimizer keeps for each trained parameter: exp_avg, exp_avg_sq, step … Nothing before its first step."""
         states = list(self.optimizer.state.values())
         return list(states[0]) if states else []
 
@@ -168,12 +177,12 @@ class Sharded(Replicated):
     def describe(self) -> str:
         return ", FSDP"
 
-    def build(self, llama: LlamaConfig) -> Llama:
+    def build(self, llama: LlamaConfig, trained: Collection[str] | None = None) -> Llama:
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
         with torch.device("meta"):
-            model = Llama(llama)
+            model = freeze(Llama(llama), trained)
         mesh = init_device_mesh(self.machine.device.type, (self.machine.world,))
         low = None if self.machine.dtype == torch.float32 else self.machine.dtype
         policy = MixedPrecisionPolicy(param_dtype=low, reduce_dtype=torch.float32, cast_forward_inputs=False)
@@ -246,17 +255,19 @@ class DeepSpeed(Replicated):
         if stage not in (1, 2, 3):
             raise UserError(f'--deepspeed {config.deepspeed} needs "zero_optimization": {{"stage": 1, 2 or 3, …}}, not {json.dumps(zero)}')
         self.stage, self.given, self.sharded = stage, given, stage == 3
+        self.exact: dict[str, tuple[int, Tensor | None]] = {}  # of frozen parameters: see _keep_exact
 
     def describe(self) -> str:
         return f", DeepSpeed ZeRO-{self.stage}" + ", offloaded to host memory" * self.config.offload
 
-    def build(self, llama: LlamaConfig) -> Llama:
+    def build(self, llama: LlamaConfig, trained: Collection[str] | None = None) -> Llama:
         if self.stage < 3:
-            return super().build(llama)
+            return super().build(llama, trained)
         # Each weight is shared out as soon as it is made: no process ever holds the whole model.
         # (Init looks at precision and sharing only; the batch is told to wrap().)
         with self.deepspeed.zero.Init(config_dict_or_path=self._settings(clip=1.0, micro_batch=1, micro_batches=1, check=False)):
-            return Llama(llama, init=False)
+            model = Llama(llama, init=False)
+        return freeze(model, trained)
 
     def wrap(self, model: Llama, optimizer: torch.optim.Optimizer, **numbers) -> nn.Module:
         settings = self._settings(**numbers)
@@ -319,6 +330,8 @@ class DeepSpeed(Replicated):
         parameter = self.parameters[name]
         if key == "step":
             return next(iter(self.zero.optimizer.state.values()))["step"].detach().cpu().float().reshape(()).clone()
+        if not parameter.requires_grad:
+            return self._read_frozen(name, parameter)
         if self.stage == 3:
             return self.zero.get_full_hp_param(parameter, key).view(parameter.ds_shape)
         whole = torch.zeros(parameter.numel(), device=self.machine.device)
@@ -345,12 +358,34 @@ class DeepSpeed(Replicated):
                 parameter.copy_(tensor)
         elif key is None:
             parameter.copy_(tensor)
-        if self.stage == 3:
+        if not parameter.requires_grad:
+            self._keep_exact(name, tensor, parameter.dtype)
+        elif self.stage == 3:
             self.zero.set_full_hp_param(tensor.float(), parameter, key)
         elif (slice_of := parameter._hp_mapping) is not None:
             here, there = slice_of.lp_fragment_address, slice_of.hp_fragment_address
             target = self._flat(slice_of, key).narrow(0, there.start, there.numel)
             target.copy_(tensor.flatten().narrow(0, here.start, here.numel))
+
+    # DeepSpeed has fp32 masters of what it trains alone. Frozen weights that bf16 cannot hold are kept beside it, in the host's memory:
+    # one rank has one of them, the next rank the next. Those of a bf16 file need nothing.
+
+    def _keep_exact(self, name: str, tensor: Tensor, held: torch.dtype) -> None:
+        self.exact.pop(name, None)
+        if not torch.equal(tensor.to(held).float(), tensor.float()):
+            owner = len(self.exact) % self.machine.world
+            self.exact[name] = (owner, tensor.to("cpu", torch.float32, copy=True) if owner == self.machine.rank else None)
+
+    def _read_frozen(self, name: str, parameter: nn.Parameter) -> Tensor:
+        if name in self.exact:
+            owner, kept = self.exact[name]
+            shape = parameter.ds_shape if self.stage == 3 else parameter.shape
+            whole = torch.empty(shape, device=self.machine.device) if kept is None else kept.to(self.machine.device)
+            dist.broadcast(whole, owner)
+            return whole
+        gathered = self.deepspeed.zero.GatheredParameters([parameter]) if self.stage == 3 else contextlib.nullcontext()
+        with gathered:
+            return parameter.detach().to(torch.float32, copy=True)
 
     def _flat_vectors(self) -> list[Tensor]:
         """This rank's fp32 weights, one flat vector per parameter group."""
@@ -360,6 +395,13 @@ class DeepSpeed(Replicated):
         """The flat vector of weights in which a slice lies, or of what the optimizer keeps for them."""
         weights = self._flat_vectors()[slice_of.param_group_index]
         return weights.detach() if key is None else self.zero.optimizer.state[weights][key]
+
+
+def freeze(model: Llama, trained: Collection[str] | None) -> Llama:
+    """Leave only the parameters of these names to learn; None: all."""
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(trained is None or name in trained)
+    return model
 
 
 def _agrees(given, ours) -> bool:

@@ -7,6 +7,7 @@
     torchrun --nproc_per_node=4 pretrain.py --model 218m                # four GPUs, the same batches, DDP
     torchrun --nproc_per_node=8 pretrain.py --init-from path/to/Llama-3-8B --lr 2e-5 --fsdp      # continued, shared out
     python pretrain.py --init-from out/pretrain --rope-scaling yarn --rope-factor 4 --seq-len 2048 --out out/long
+    python pretrain.py --init-from out/more-words --train embeddings --out out/words     # new words first, then all, from out/words
 
 The same command again resumes an interrupted run, bit for bit. The batch of a step depends on the seed and the sequences read
 before it alone: not on the number of processes, not on the micro-batch, not on where the run was interrupted.
@@ -36,6 +37,8 @@ from runtime import Machine, MachineConfig
 from token_files import Tokens, open_tokens
 from tokenizer import Tokenizer, load_tokenizer
 
+EMBEDDINGS = ("model.embed_tokens.weight", "lm_head.weight")  # where a model meets its vocabulary; tied, they are one
+
 
 @dataclass(frozen=True, kw_only=True)
 class Config(MachineConfig):
@@ -46,6 +49,7 @@ class Config(MachineConfig):
     init_from: Path | None = flag(None, "model directory to continue from, instead of --model")
     rope_scaling: str = flag("none", "read further than the model was trained", choices=("none", "linear", "dynamic", "yarn"))
     rope_factor: float = flag(4.0, "how many times as far, with --rope-scaling")
+    train: str = flag("all", "what learns: all, or the embedding and the head alone, for a new vocabulary", choices=("all", "embeddings"))
 
     steps: int | None = flag(None, "optimizer steps; default: --epochs over the data")
     epochs: float = flag(1.0, "passes over the data, when --steps is not given")
@@ -86,6 +90,8 @@ class Config(MachineConfig):
         found += too_small(self, "steps", "seq_len", least=1)
         if self.init_from is None and self.model not in PRESETS and not Path(self.model).exists():
             found.append(f"--model {self.model} is neither a preset ({', '.join(PRESETS)}) nor a file")
+        if self.train == "embeddings" and self.init_from is None and self.resume in ("auto", "never"):
+            found.append("--train embeddings needs --init-from: the blocks of a new model are random numbers, and would stay so")
         return found + strategy_problems(self)
 
 
@@ -151,10 +157,12 @@ def learning_rate(step: int, steps: int, config: Config) -> float:
 
 
 def make_optimizer(model: Llama, config: Config, machine: Machine) -> torch.optim.AdamW:
-    """AdamW; weight decay pulls on matrices only, not on norms and biases."""
+    """AdamW for what is trained; weight decay pulls on matrices only, not on norms and biases."""
     shapes = model.parameter_shapes()  # a shard's own shape does not tell what it is a part of
-    matrices, vectors = ([p for name, p in model.named_parameters() if (len(shapes[name]) > 1) == wanted] for wanted in (True, False))
+    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    matrices, vectors = ([p for name, p in trained if (len(shapes[name]) > 1) == wanted] for wanted in (True, False))
     groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    groups = [group for group in groups if group["params"]]  # the embedding and the head have no vectors
     return torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, config.beta2), fused=supports(machine.device.type, "fused_adamw"))
 
 
@@ -248,12 +256,14 @@ def main(config: Config) -> dict:
             machine.print(f"{config.out} is finished: nothing to do. Talk to it: python chat.py --model {config.out}")
             return {key: value for line in read_metrics(config.out / "metrics.jsonl") for key, value in line.items()}
         parallel = make_parallel(machine, config)
-        model = parallel.build(llama)
+        model = parallel.build(llama, trained=EMBEDDINGS if config.train == "embeddings" else None)
         model.checkpointing = config.checkpointing
         optimizer = make_optimizer(model, config, machine)
         per_rank = config.batch_size // machine.world
         network = parallel.wrap(model, optimizer, clip=config.clip, micro_batch=min(config.micro_batch, per_rank),
                                 micro_batches=math.ceil(per_rank / config.micro_batch))  # fmt: skip
+        shapes = model.parameter_shapes()
+        trained = sum(shapes[name].numel() for name in parallel.trained)
         state = {"stage": "pretrain", "step": 0, "sequences": 0, "skipped": 0, "best": None}
         torch.manual_seed(config.seed + machine.rank)  # the same weights everywhere, but each rank drops out on its own
         if resume_from:
@@ -263,7 +273,7 @@ def main(config: Config) -> dict:
         else:
             parallel.fill(model_tensors(origin, llama) if origin else model.initial_weights(config.seed))
         if resume_from is None or resume_from.parent != config.out or config.resume_anyway:
-            facts = {"parameters": model.num_parameters(), "device": machine.describe(), "torch": torch.__version__}
+            facts = {"parameters": model.num_parameters(), "trained": trained, "device": machine.describe(), "torch": torch.__version__}
             machine.on_main(lambda: start_run(config.out, config, identity, facts))
         machine.together(lambda: check_shared(config.out / "args.json"))
         left = config.epochs * batches.windows - state["sequences"]  # not all steps need have had this batch size
@@ -274,13 +284,17 @@ def main(config: Config) -> dict:
 
         tokens_per_step = config.batch_size * seq_len
         machine.print(f"model     {human(model.num_parameters())} parameters, vocabulary {llama.vocab_size:,}, {seq_len} tokens of context")
+        if config.train == "embeddings":
+            machine.print(f"          {human(trained)} of them are trained: {', '.join(parallel.trained)}")
         machine.print(f"data      {human(len(train))} tokens from {config.data}; {steps:,} steps of {config.batch_size} x {seq_len} = "
                       f"{human(tokens_per_step)} tokens, {steps * tokens_per_step / len(train):.2f} epochs")  # fmt: skip
         machine.print(f"machine   {machine.describe()}{parallel.describe()}; micro-batches of {min(config.micro_batch, per_rank)}"
                       + (f"; resuming at step {state['step']:,} from {resume_from}" if resume_from else ""))  # fmt: skip
         network.train()
 
-        progress = Progress(machine, metrics, steps=steps, first=state["step"], flops_per_token=model.flops_per_token(seq_len))
+        # Backward goes through a frozen weight, but not to its own gradient: 4 operations for each and token, not 6.
+        flops = model.flops_per_token(seq_len) - 2 * (model.num_parameters() - trained)
+        progress = Progress(machine, metrics, steps=steps, first=state["step"], flops_per_token=flops)
         first, saved = state["step"], resume_from
         while True:
             step, stop = state["step"], machine.should_stop()
@@ -350,7 +364,9 @@ def main(config: Config) -> dict:
             save_model(model, config.out, tokenizer, dtype=DTYPES[config.save_dtype], parallel=parallel)
             if (best := best_step(config.out, state)) is not None:
                 machine.print(f"best      {best}")
-            machine.print(f"done: {config.out}. Next: python sft.py --init-from {config.out} --data data/sft")
+            following = ("sft.py --init-from {} --data data/sft" if config.train == "all" else
+                         "pretrain.py --init-from {}, which trains all parameters, with the same --data and another --out")  # fmt: skip
+            machine.print(f"done: {config.out}. Next: python {following.format(config.out)}")
         machine.barrier()
         return metrics.last
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 from settings import UserError, config_to_dict, read_json
 
 import contextlib
+import dataclasses
 import json
 import os
 import re
@@ -197,6 +198,8 @@ def open_run(out: Path, config, *, identity: dict) -> Path | None:
                             "choose another directory")  # fmt: skip
         return named
     before, now = stored.pop("run", {}).get("identity", {}), config_to_dict(config)
+    # What an older Cria could not be told, it did as today's default does.
+    stored = {field.name: field.default for field in dataclasses.fields(config) if field.default is not dataclasses.MISSING} | stored
     different = [f"--{key.replace('_', '-')} was {stored.get(key)} and is {value}" for key, value in now.items()
                  if key not in config.HARMLESS and stored.get(key) != _as_json(value)]  # fmt: skip
     different += [f"{key} has changed" for key, value in identity.items() if before.get(key) != value]

@@ -14,6 +14,7 @@ import re
 import shlex
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -23,8 +24,9 @@ import bench_memory
 import pretrain
 from bench_memory import DDP, FSDP, GIB, OFFLOAD, STRATEGIES, ZERO2, ZERO3, Step, count
 from bench_plan import PlanConfig, largest_that, plan
-from model import PRESETS, Block, LlamaConfig
-from parallel import make_parallel
+from model import PRESETS, Block, Llama, LlamaConfig
+from parallel import freeze, make_parallel
+from pretrain import EMBEDDINGS
 from runtime import Machine, MachineConfig
 
 ROOT = Path(pretrain.__file__).parent
@@ -36,8 +38,8 @@ LLAMA3 = count(PRESETS["llama3-8b"], 8192)
 NO_OVERHEAD = dict.fromkeys(bench_memory.OVERHEAD, (0, 0))
 
 
-def step(strategy=DDP, devices=1, llama=GROUPED, tokens=1024, checkpointing=False, **more) -> Step:
-    return Step(counts=more.pop("counts", None) or count(llama, 512), strategy=strategy, devices=devices, tokens=tokens,
+def step(strategy=DDP, devices=1, llama=GROUPED, tokens=1024, checkpointing=False, train="all", **more) -> Step:
+    return Step(counts=more.pop("counts", None) or count(llama, 512, train), strategy=strategy, devices=devices, tokens=tokens,
                 checkpointing=checkpointing, **more)  # fmt: skip
 
 
@@ -47,11 +49,11 @@ def step(strategy=DDP, devices=1, llama=GROUPED, tokens=1024, checkpointing=Fals
 
 @pytest.mark.parametrize("shape", [(64, 176, 4, 2), (96, 250, 3, 3), (128, 352, 8, 1)])
 @pytest.mark.parametrize("strategy, dtype", [(DDP, torch.bfloat16), (DDP, torch.float32), (ZERO2, torch.bfloat16), (ZERO2, torch.float32)])
-@pytest.mark.parametrize("B, T", [(3, 37), (1, 61)])
-def test_a_block_saves_what_the_table_says(shape, strategy, dtype, B, T):
+@pytest.mark.parametrize("B, T, trained", [(3, 37, "all"), (1, 61, "all"), (3, 37, "embeddings")])
+def test_a_block_saves_what_the_table_says(shape, strategy, dtype, B, T, trained):
     D, I, H, K = shape
     llama = LlamaConfig(100, D, I, 1, H, K)
-    block = Block(llama, 0).to(dtype if strategy.casts_weights else torch.float32)
+    block = Block(llama, 0).to(dtype if strategy.casts_weights else torch.float32).requires_grad_(trained == "all")
     stream = dtype if strategy.casts_weights else torch.float32
     x = torch.randn(B, T, D, dtype=stream, requires_grad=True)
     cos, sin = torch.randn(2, 1, 1, T, llama.head_dim // 2)
@@ -69,7 +71,7 @@ def test_a_block_saves_what_the_table_says(shape, strategy, dtype, B, T):
             torch.autocast("cpu", dtype, enabled=strategy.autocast and dtype != torch.float32):  # fmt: skip
         output = block(x, cos, sin, None, None)
     assert output.dtype == stream
-    predicted = step(strategy, llama=llama, e=dtype.itemsize, kind="cpu").saved_per_token()
+    predicted = step(strategy, llama=llama, train=trained, e=dtype.itemsize, kind="cpu").saved_per_token()
     assert sum(storage.nbytes() for storage in saved.values()) == B * T * sum(predicted.values())
 
 
@@ -89,14 +91,15 @@ def most_allocated(work) -> int:
     return most
 
 
-def train(llama: LlamaConfig, config: MachineConfig, *, tokens: int, checkpointing: bool, micro_batches: int) -> int:
-    """Two optimizer steps as pretrain.py makes them; the most that was allocated."""
+def train(llama: LlamaConfig, config: MachineConfig, *, tokens: int, checkpointing: bool, micro_batches: int,
+          trains: tuple[str, ...] = ("all",)) -> list[int]:  # fmt: skip
+    """Two optimizer steps as pretrain.py makes them, for each --train; the most that was allocated."""
 
-    def work() -> None:
+    def work(what: str) -> None:
         parallel = make_parallel(machine, config)
-        model = parallel.build(llama)
+        model = parallel.build(llama, EMBEDDINGS if what == "embeddings" else None)
         model.checkpointing = checkpointing
-        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4, fused=True)
         network = parallel.wrap(model, optimizer, clip=1.0, micro_batch=tokens // 256, micro_batches=micro_batches)
         parallel.fill(model.initial_weights(0))
         network.train()
@@ -115,7 +118,7 @@ def train(llama: LlamaConfig, config: MachineConfig, *, tokens: int, checkpointi
                 optimizer.zero_grad(set_to_none=parallel.frees_gradients)
 
     with Machine(config) as machine:
-        return most_allocated(work)
+        return [most_allocated(partial(work, what)) for what in trains]
 
 
 @pytest.mark.parametrize("llama, tokens, dtype, checkpointing, micro_batches, moment", [
@@ -130,19 +133,23 @@ def train(llama: LlamaConfig, config: MachineConfig, *, tokens: int, checkpointi
 ])  # fmt: skip
 def test_one_process_allocates_what_is_predicted(monkeypatch, llama, tokens, dtype, checkpointing, micro_batches, moment):
     monkeypatch.setattr(bench_memory, "OVERHEAD", NO_OVERHEAD)
-    took = train(llama, MachineConfig(device="cpu", dtype=dtype), tokens=tokens, checkpointing=checkpointing, micro_batches=micro_batches)
-    predicted = step(llama=llama, tokens=tokens, checkpointing=checkpointing, e=4 if dtype == "fp32" else 2, kind="cpu",
-                     accumulates=micro_batches > 1).peak()  # fmt: skip
-    assert predicted[0] == moment
-    assert predicted[1].total == pytest.approx(took, rel=0.03)
+    trains = ("all", "embeddings")
+    took = train(llama, MachineConfig(device="cpu", dtype=dtype), tokens=tokens, checkpointing=checkpointing, micro_batches=micro_batches,
+                 trains=trains)  # fmt: skip
+    predicted = [step(llama=llama, tokens=tokens, checkpointing=checkpointing, train=what, e=4 if dtype == "fp32" else 2, kind="cpu",
+                      accumulates=micro_batches > 1).peak() for what in trains]  # fmt: skip
+    assert predicted[0][0] == moment
+    assert [parts.total for _, parts in predicted] == pytest.approx(took, rel=0.03)
 
 
-def torchrun(flags: dict) -> int:
+def torchrun(flags: dict) -> list[int]:
+    """What two processes allocated, the larger of them; with --train all, with --train embeddings."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", __file__, json.dumps(flags)]
     done = subprocess.run(command, capture_output=True, encoding="utf-8", timeout=300, cwd=ROOT,
                           env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)})  # fmt: skip
     assert done.returncode == 0, done.stderr
-    return max(int(line.removeprefix("allocated ")) for line in done.stdout.splitlines() if line.startswith("allocated "))
+    said = [json.loads(line.removeprefix("allocated ")) for line in done.stdout.splitlines() if line.startswith("allocated ")]
+    return [max(both) for both in zip(*said, strict=True)]
 
 
 @pytest.mark.slow
@@ -156,8 +163,8 @@ def test_two_processes_allocate_what_is_predicted(monkeypatch, tmp_path, strateg
         flags["deepspeed"] = str(tmp_path / "ds.json")
         monkeypatch.setattr(bench_memory, "REDUCE_BUCKET", small)
     monkeypatch.setattr(bench_memory, "OVERHEAD", NO_OVERHEAD)
-    run = step(strategy, devices=2, kind="cpu", tokens=2048)
-    predicted = run.peak()[1].total + run.states()[2]  # on a CPU the device's memory is the host's
+    runs = [step(strategy, devices=2, kind="cpu", tokens=2048, train=what) for what in ("all", "embeddings")]
+    predicted = [run.peak()[1].total + run.states()[2] for run in runs]  # on a CPU the device's memory is the host's
     assert predicted == pytest.approx(torchrun(flags), rel=0.15)  # gloo lets go of its last buffers at a time of its own
 
 
@@ -202,13 +209,38 @@ def test_llama3_8b_by_hand():
     assert checkpointed == pytest.approx(32 * 8192 * 4096 * 2, rel=0.1)  # the inputs of 32 blocks in bf16
 
 
+def test_llama3_8b_whose_embeddings_alone_are_trained_by_hand():
+    P, trained = LLAMA3.all, 2 * 128256 * 4096
+    counts = count(LLAMA3.llama, 8192, "embeddings")
+    alone = step(counts=counts)
+    assert sum(alone.states()[:2]) + alone.gradients()["step"] == 4 * P + 12 * trained
+    shared = step(FSDP, 8, counts=counts)
+    assert sum(shared.states()[:2]) + shared.gradients()["step"] == (4 * P + 12 * trained) / 8
+    assert step(ZERO2, 8, counts=counts).states() == (2 * P, 1.5 * trained, (P - trained) / 2)  # what bf16 cannot hold: on the host
+    assert step(ZERO2, 8, counts=counts, e=4).states() == (4 * P, 1.5 * trained, 0)
+    assert step(OFFLOAD, 8, counts=counts).states() == (0, 0, (20 * trained + 2 * P + 4 * (P - trained)) / 8)
+    # 6 for the head, 4 for all else but the embedding; attention as it was
+    assert counts.flops_per_token == 6 * LLAMA3.head + 4 * (P - trained) + 12 * 32 * 4096 * 8192
+    # fused norms 2·4·D + 8, q k v and the output 2·(2·4096 + 2·1024), H·4, 3·2·I
+    assert sum(alone.saved_per_token().values()) == 8 * 4096 + 8 + 2 * (2 * 4096 + 2 * 1024) + 4 * 32 + 6 * 14336
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_what_is_counted_as_trained_is_what_pretrain_trains(tied):
+    llama = dataclasses.replace(GROUPED, tie_word_embeddings=tied)
+    with torch.device("meta"):
+        model = freeze(Llama(llama), EMBEDDINGS)
+    assert count(llama, 512, "embeddings").trained == sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
 @pytest.mark.parametrize("strategy", STRATEGIES, ids=lambda strategy: strategy.name)
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("kind", ["cuda", "npu", "cpu"])
 @pytest.mark.parametrize("e", [2, 4])
-def test_more_devices_need_less_and_more_tokens_more(strategy, checkpointing, kind, e):
+@pytest.mark.parametrize("counts", [LLAMA3, count(LLAMA3.llama, 8192, "embeddings")], ids=["all", "embeddings"])
+def test_more_devices_need_less_and_more_tokens_more(strategy, checkpointing, kind, e, counts):
     def total(devices: int = 8, tokens: int = 8192, **more) -> float:
-        return step(strategy, devices, counts=LLAMA3, tokens=tokens, checkpointing=checkpointing, kind=kind, e=e, **more).peak()[1].total
+        return step(strategy, devices, counts=counts, tokens=tokens, checkpointing=checkpointing, kind=kind, e=e, **more).peak()[1].total
 
     by_devices = [total(devices) for devices in (2, 4, 8, 64, 1024)]
     assert by_devices == sorted(by_devices, reverse=True)
@@ -216,8 +248,10 @@ def test_more_devices_need_less_and_more_tokens_more(strategy, checkpointing, ki
     assert by_tokens == sorted(by_tokens) and by_tokens[-1] > 1.5 * by_tokens[0]
     assert total() >= total(accumulates=False)
     if not checkpointing:
-        with_it = step(strategy, 8, counts=LLAMA3, tokens=8192, checkpointing=True, kind=kind, e=e).peak()[1].total
+        with_it = step(strategy, 8, counts=counts, tokens=8192, checkpointing=True, kind=kind, e=e).peak()[1].total
         assert with_it < total()
+    assert counts is LLAMA3 or total() <= step(strategy, 8, counts=LLAMA3, tokens=8192, checkpointing=checkpointing, kind=kind,
+                                              e=e).peak()[1].total  # fmt: skip
 
 
 @pytest.mark.parametrize("strategy", [FSDP, ZERO3])
@@ -282,6 +316,8 @@ def test_which_strategies_are_shown(flags, asked):
     ({"model": "llama3-8b", "gpus": 8, "gpu_memory": 24}, "ZeRO-3 + offload", ["--deepspeed 3 --offload --checkpointing"]),
     ({"model": "llama3-70b", "gpus": 64, "gpu_memory": 80}, "FSDP",
      ["torchrun --nnodes=8 --rdzv-backend=c10d --rdzv-endpoint=HOST:29400 --nproc_per_node=8 pretrain.py", "--checkpointing"]),
+    ({"model": "llama3-8b", "gpus": 8, "gpu_memory": 24, "train": "embeddings"}, "FSDP",
+     ["--init-from path/to/llama3-8b --train embeddings", "--fsdp --checkpointing"]),
 ])  # fmt: skip
 def test_the_recommended_command_is_one_that_pretrain_takes(flags, name, words, capsys):
     best = plan(PlanConfig(**flags))["recommended"]
@@ -306,7 +342,12 @@ def test_time_and_disk(capsys):
     again = plan(dataclasses.replace(config, checkpointing=True))["recommended"]
     assert again["seconds"] == pytest.approx(best["seconds"] * 4 / 3)
     assert plan(dataclasses.replace(config, gpu=None))["recommended"]["seconds"] is None
+    counts = count(LLAMA3.llama, 8192, "embeddings")
+    frozen = plan(dataclasses.replace(config, checkpointing=True, train="embeddings"))["recommended"]
+    assert frozen["seconds"] == pytest.approx(1e9 * (counts.flops_per_token + LLAMA3.flops_per_token / 3) / (8 * 312e12 * 0.4))
     printed = capsys.readouterr().out
+    assert "disk: 37.7 GiB per checkpoint" in printed and "8.03B parameters, of which 1.05B are trained" in printed
+    assert "33% for checkpointing on top" in printed and "44% for checkpointing on top" in printed
     assert "time: 16.1 hours for 1B tokens at 40% of the peak\n" in printed and "time: say which --gpu" in printed
     assert "disk: 89.7 GiB per checkpoint" in printed and "final weights 29.9 GiB, with --save-dtype bf16 15.0" in printed
 
@@ -360,4 +401,5 @@ def test_mistakes_are_one_line(flags, message):
 
 if __name__ == "__main__":
     wanted = MachineConfig(device="cpu", dtype="bf16", **json.loads(sys.argv[1]))
-    print("allocated", train(GROUPED, wanted, tokens=2048, checkpointing=False, micro_batches=2), flush=True)
+    took = train(GROUPED, wanted, tokens=2048, checkpointing=False, micro_batches=2, trains=("all", "embeddings"))
+    print(f"allocated {took}\n", end="", flush=True)

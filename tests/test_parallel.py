@@ -6,6 +6,7 @@ from settings import UserError
 
 import dataclasses
 import importlib.util
+import json
 import os
 import shutil
 import signal
@@ -16,17 +17,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_pretrain import REPOSITORY, flags, losses, run, same_weights, settings, tiny_config, validation  # noqa: F401  fixtures
+from safetensors.torch import load_file
+from test_pretrain import REPOSITORY, changed, flags, losses, run, same_weights, settings, tiny_config, validation  # noqa: F401  fixtures
 from test_torchrun import free_port
 
 import checkpoint
-from checkpoint import load_model
+from checkpoint import load_model, save_model
 from model import PRESETS, Llama, LlamaConfig
-from parallel import DeepSpeed, Replicated, make_parallel, strategy_problems
-from pretrain import Config, main, make_optimizer
+from parallel import DeepSpeed, Replicated, freeze, make_parallel, strategy_problems
+from pretrain import EMBEDDINGS, Config, main, make_optimizer
 from progress import read_metrics
 from runs import damage, newest_step
 from runtime import Machine, MachineConfig
+from tokenizer import load_tokenizer
 
 needs_deepspeed = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed")
 WAYS = {"fsdp": ["--fsdp"], **{f"zero-{stage}": ["--deepspeed", str(stage)] for stage in (1, 2, 3)}}
@@ -96,6 +99,41 @@ def test_checkpointing_tied_weights_offloading_and_bf16_when_shared_out(way, ddp
         return
     finished(*flags({**base, "out": tmp_path / "bf16", "dtype": "bf16"}), *WAYS[way])
     assert losses(tmp_path / "bf16") == pytest.approx(losses(tmp_path / "one"), abs=0.02)
+
+
+@pytest.mark.slow
+def test_embeddings_alone_are_trained_however_the_model_is_shared_out(data_dir, tmp_path):
+    """Two processes take over from one, in three ways one after the other: starting them is most of the time."""
+    torch.manual_seed(3)
+    llama = LlamaConfig(400, 32, 48, 2, 4, 2, max_position_embeddings=32)
+    save_model(Llama(llama), tmp_path / "base", load_tokenizer(data_dir))
+    base = dict(data=data_dir, init_from=tmp_path / "base", train="embeddings", steps=8, batch_size=8, micro_batch=2, lr=5e-3,
+                device="cpu", log_every=1, eval_every=8, save_every=4)  # fmt: skip
+    main(Config(**{**base, "dtype": "fp32", "out": tmp_path / "one"}))
+    ways = {"ddp": ["--dtype", "fp32"], "fsdp": ["--dtype", "fp32", "--fsdp"]}
+    if importlib.util.find_spec("deepspeed"):
+        ways["zero"] = ["--dtype", "bf16", "--deepspeed", "3", "--offload"]  # bf16 cannot hold the frozen weights
+    base["resume"] = tmp_path / "one" / "step-000004"
+    commands = [[*flags({**base, "out": tmp_path / way}), *words] for way, words in ways.items()]
+    driver = tmp_path / "in_turns.py"
+    driver.write_text(f"import sys\nsys.path.insert(0, {str(REPOSITORY)!r})\n" + IN_TURNS)
+    finished(json.dumps([[free_port(), command] for command in commands]), script=driver)
+    for way in ways:
+        assert losses(tmp_path / way) == pytest.approx(losses(tmp_path / "one")[4:], abs=2e-5 if way != "zero" else 0.02)
+        assert changed(tmp_path / "base", tmp_path / way) == list(EMBEDDINGS)
+        kept = load_file(tmp_path / way / "step-000008" / "optimizer.safetensors")
+        assert {key.rpartition(":")[0] for key in kept} == set(EMBEDDINGS)
+
+
+IN_TURNS = """
+from settings import parse_config
+import json, os
+import pretrain
+
+for port, words in json.loads(sys.argv[1]):
+    os.environ.update(MASTER_PORT=str(port), TORCHELASTIC_USE_AGENT_STORE="False")  # each needs a meeting place of its own
+    pretrain.main(parse_config(pretrain.Config, words))
+"""
 
 
 @pytest.mark.slow
@@ -215,8 +253,10 @@ def test_llama3_8b_on_paper():
     matrices, vectors = make_optimizer(model, Config(weight_decay=0.1), machine).param_groups
     assert len(matrices["params"]) == 2 + 32 * 7 and matrices["weight_decay"] == 0.1
     assert len(vectors["params"]) == 1 + 32 * 2 and vectors["weight_decay"] == 0.0
+    (alone,) = make_optimizer(freeze(model, EMBEDDINGS), Config(weight_decay=0.1), machine).param_groups
+    assert [p.shape for p in alone["params"]] == [(128256, 4096)] * 2 and alone["weight_decay"] == 0.1
     plan = checkpoint._weights_plan(model, None, torch.float32, checkpoint.SHARD_BYTES)
-    sizes = [sum(map(checkpoint._bytes, entries)) for entries in plan.values()]
+    sizes = [sum(lazy.nbytes for lazy in tensors.values()) for tensors in plan.values()]
     assert sum(sizes) == 4 * 8_030_261_248 and max(sizes) <= 5e9 and next(iter(plan)) == f"model-00001-of-{len(plan):05d}.safetensors"
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from settings import UserError
 
+import dataclasses
 import json
 import math
 import os
@@ -16,12 +17,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
+from torch.utils.flop_counter import FlopCounterMode
 
 import pretrain
 from checkpoint import load_model, save_model
 from model import Llama, LlamaConfig
-from pretrain import Batches, Config, document_ids, learning_rate, main, shuffled
-from progress import read_metrics
+from parallel import freeze
+from pretrain import EMBEDDINGS, Batches, Config, document_ids, learning_rate, main, shuffled
+from progress import Progress, read_metrics
+from tokenizer import load_tokenizer
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -57,6 +62,12 @@ def run(script: str, *arguments, torchrun: int = 0) -> subprocess.Popen:
         sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={torchrun}", script]  # fmt: skip
     return subprocess.Popen([*command, *map(str, arguments)], cwd=REPOSITORY, text=True, stdout=subprocess.PIPE,
                             stderr=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"})  # fmt: skip
+
+
+def changed(a: Path, b: Path) -> list[str]:
+    """The parameters in which two models differ by as little as a bit."""
+    (a, b) = (dict(load_model(path).named_parameters()) for path in (a, b))
+    return [name for name in a if not torch.equal(a[name], b[name])]
 
 
 def terminating(schedule, at: int):
@@ -186,6 +197,97 @@ def test_continued_pretraining_starts_where_the_model_was(settings, capsys):
         main(Config(**{**longer, "rope_scaling": "none", "out": base.with_name("x")}))
 
 
+@pytest.fixture(params=[False, True], ids=["untied", "tied"])
+def embeddings(request, settings, tiny_config, tmp_path) -> dict:
+    """Settings that train embedding and head of a model in which no weight is a round number."""
+    torch.manual_seed(3)
+    model = Llama(dataclasses.replace(LlamaConfig.from_json(tiny_config), tie_word_embeddings=request.param))
+    for parameter in model.parameters():
+        parameter.data += 0.05 * torch.randn_like(parameter)
+    save_model(model, tmp_path / "base", load_tokenizer(settings["data"]))
+    del settings["model"]
+    return {**settings, "init_from": tmp_path / "base", "train": "embeddings", "dropout": 0.0}
+
+
+def trained_of(base: Path) -> list[str]:
+    return list(EMBEDDINGS[:1] if LlamaConfig.from_json(base).tie_word_embeddings else EMBEDDINGS)
+
+
+def test_embeddings_alone_are_trained_and_all_else_stays_bit_for_bit(embeddings, capsys, monkeypatch):
+    rates = []
+    monkeypatch.setattr(pretrain, "Progress", lambda *a, flops_per_token, **k: (
+        rates.append(flops_per_token), Progress(*a, flops_per_token=flops_per_token, **k))[1])  # fmt: skip
+    base, out = embeddings["init_from"], embeddings["out"]
+    trained = trained_of(base)
+    main(Config(**embeddings))
+    assert changed(base, out) == changed(base, out / "step-000010") == trained
+    assert losses(out)[-1] < losses(out)[0] - 0.1
+    names = {key.rpartition(":")[0] for key in load_file(out / "step-000012" / "optimizer.safetensors")}
+    assert names == set(trained)
+    said = capsys.readouterr().out
+    assert f"{'12.8k' if len(trained) == 1 else '25.6k'} of them are trained: {', '.join(trained)}\n" in said
+    assert json.loads((out / "args.json").read_text())["run"]["trained"] == 400 * 32 * len(trained)
+    assert f"Next: python pretrain.py --init-from {out}, which trains all" in said
+
+    everything = {**embeddings, "out": out.with_name("all"), "train": "all"}
+    main(Config(**everything))
+    assert losses(everything["out"])[0] == losses(out)[0] and set(trained) < set(changed(base, everything["out"]))
+    assert rates[1] - rates[0] == saved_operations(base)
+    for number, extra in enumerate(({"micro_batch": 3}, {"checkpointing": True})):
+        other = {**embeddings, "out": out.with_name(f"other-{number}"), **extra}
+        main(Config(**other))
+        assert losses(other["out"]) == pytest.approx(losses(out), abs=1e-5) and changed(base, other["out"]) == trained
+
+
+def saved_operations(base: Path) -> int:
+    """Per token, between training all and the embeddings alone, as torch counts the matrix products that are really done; and that of
+    the norms, which are so few that flops_per_token takes them for matrices."""
+    done, tokens = [], torch.randint(0, 400, (2, 33))
+    for trained in (None, EMBEDDINGS):
+        model = freeze(load_model(base), trained)
+        with FlopCounterMode(display=False) as counter:
+            model(tokens[:, :-1], tokens[:, 1:]).backward()
+        assert all((parameter.grad is not None) == (trained is None or name in trained) for name, parameter in model.named_parameters())
+        done.append(counter.get_total_flops() // (2 * 32))
+    return done[0] - done[1] + 2 * sum(parameter.numel() for parameter in model.parameters() if parameter.dim() == 1)
+
+
+@pytest.mark.parametrize("embeddings, dtype", [(False, "fp32"), (True, "fp16")], indirect=["embeddings"])
+def test_embeddings_alone_stopped_and_resumed_equal_uninterrupted_bit_for_bit(embeddings, monkeypatch, dtype):
+    embeddings |= {"dropout": 0.1, "dtype": dtype}
+    main(Config(**embeddings))
+    other = {**embeddings, "out": embeddings["out"].with_name("other")}
+    with monkeypatch.context() as patch:
+        patch.setattr(pretrain, "learning_rate", terminating(pretrain.learning_rate, 7))
+        main(Config(**other))
+    assert len(losses(other["out"])) == 8
+    main(Config(**other))
+    assert losses(other["out"]) == losses(embeddings["out"]) and same_weights(other["out"], embeddings["out"])
+    states = [load_file(settings["out"] / "step-000012" / "optimizer.safetensors") for settings in (embeddings, other)]
+    assert states[0].keys() == states[1].keys() and all(torch.equal(states[0][key], states[1][key]) for key in states[0])
+
+
+@pytest.mark.parametrize("embeddings", [False], indirect=True)
+def test_what_is_trained_cannot_change_within_a_run(embeddings):
+    embeddings["steps"] = 2
+    main(Config(**embeddings))
+    everything = {**embeddings, "train": "all"}
+    with pytest.raises(UserError, match="--train was embeddings and is all"):
+        main(Config(**everything))
+    refusal = r"step-000002: \d tensors were trained there and 2\d are to be trained now \(--train\); .*--init-from"
+    with pytest.raises(UserError, match=refusal):
+        main(Config(**{**everything, "resume_anyway": True}))
+    branch = {**everything, "out": embeddings["out"].with_name("branch"), "resume": str(embeddings["out"])}
+    with pytest.raises(UserError, match=refusal):
+        main(Config(**branch))
+    assert not branch["out"].exists()
+    following = {**everything, "out": embeddings["out"].with_name("next"), "init_from": embeddings["out"]}
+    main(Config(**following))
+    assert len(changed(embeddings["out"], following["out"])) > 20
+    with pytest.raises(UserError, match=r"2\d tensors were trained there and \d are to be trained now"):
+        main(Config(**{**embeddings, "out": branch["out"], "resume": str(following["out"])}))
+
+
 def test_doc_mask_runs_and_compile_compiles(settings, monkeypatch):
     settings.update(steps=2, doc_mask=True, dropout=0.0)
     main(Config(**settings))
@@ -256,6 +358,7 @@ def test_mistakes_are_one_line_and_exit_2(settings, tmp_path):
     ({"steps": 0}, "--steps must be at least 1"),
     ({"lr": float("nan"), "beta2": 1.5, "seed": -1, "min_lr": -5.0}, "--lr must.*--min-lr must.*--seed must.*--beta2 must be below 1"),
     ({"dropout": 1.5}, "--dropout"),
+    ({"train": "embeddings"}, "--train embeddings needs --init-from"),
 ])  # fmt: skip
 def test_bad_settings_are_named_together(settings, change, message):
     import re

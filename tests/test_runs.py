@@ -96,6 +96,17 @@ def test_a_change_can_be_forced_and_a_finished_run_be_gone_on_with(tmp_path, cap
     assert open_run(out, Settings(lr=2.0), identity={"data": "xyz"}) == step  # no longer finished
 
 
+def test_a_setting_that_an_older_version_did_not_have_was_its_default(tmp_path):
+    start_run(tmp_path, Settings(), {}, {})
+    step = make_step(tmp_path, 1)
+    stored = json.loads((tmp_path / "args.json").read_text())
+    del stored["lr"]
+    (tmp_path / "args.json").write_text(json.dumps(stored))
+    assert open_run(tmp_path, Settings(), identity={}) == step
+    with pytest.raises(UserError, match=r"--lr was 1.0 and is 2.0"):
+        open_run(tmp_path, Settings(lr=2.0), identity={})
+
+
 @dataclasses.dataclass(frozen=True)
 class Settings:
     lr: float = 1.0
