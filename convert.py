@@ -32,10 +32,11 @@ from tqdm import tqdm
 from checkpoint import ARCHITECTURE, resolve_model_dir
 from config import LlamaConfig
 from doors import gguf_file, huggingface, llama2c, megatron, meta
+from extension import compare_tokens
 from files import fsync_directory, locked
 from progress import human
 from tokenizer import load_tokenizer
-from vocabulary import METHODS, RowMaker, compare_tokens, row_report
+from vocabulary import METHODS, RowMaker, row_report
 from weights import DTYPES, Lazy, Weights
 
 DOORS = (huggingface, meta, megatron, gguf_file, llama2c)  # in the order in which they are asked whether they recognise a path
@@ -127,7 +128,8 @@ class ResizeVocab(Convert):
     text: Path | None = flag(None, "report tokens per character before and after on this file")
 
     def problems(self) -> list[str]:
-        return (too_small(self, "multiple_of", least=1)
+        return (too_small(self, "multiple_of", least=1) + too_small(self, "seed", least=0)
+                + ([f"--seed {self.seed} is too large"] if self.seed >= 2**31 else [])
                 + ([] if self.tokenizer else ["--tokenizer is required: the larger one, from `tokenizer.py extend`"]))  # fmt: skip
 
 
@@ -183,7 +185,12 @@ def watched(source: Weights, bar: tqdm, strange: dict[str, int], dtype: torch.dt
             bar.update(lazy.nbytes)
             if bad := not_finite(tensor):
                 strange[name] = bad
-            return tensor if dtype is None or not tensor.is_floating_point() else tensor.to(dtype)
+            if dtype is None or not tensor.is_floating_point():
+                return tensor
+            if not_finite(cast := tensor.to(dtype)) > bad:
+                raise UserError(f"{name} has values up to {tensor.abs().max():.3g}, more than {str(dtype).removeprefix('torch.')} holds; "
+                                "give --dtype bf16 or fp32")  # fmt: skip
+            return cast
 
         return Lazy(lazy.shape, dtype or lazy.dtype, read)
 
@@ -367,6 +374,12 @@ def resize_vocab(config: ResizeVocab) -> dict:
     old = source.tokenizer
     if old is None:
         raise UserError(f"--model {config.model} has no tokenizer: new rows are made from what its own made of the new pieces")
+    found = compare_tokens(old, new, config.text) if config.text else None
+    if new.template is None and old.template is not None:
+        new.template, new.jinja = old.template, old.jinja
+    for what in ("add_bos", "bos_id", "eos_id", "template"):
+        if getattr(old, what) != getattr(new, what):
+            print(f"notice: the tokenizers differ in {what}: {getattr(old, what)} before, {getattr(new, what)} now")
     tied, rows = source.config.tie_word_embeddings, source.config.vocab_size
     maker = RowMaker(old, new, rows, method=config.init, multiple_of=config.multiple_of, seed=config.seed,
                      initializer_range=source.config.initializer_range)  # fmt: skip
@@ -378,18 +391,19 @@ def resize_vocab(config: ResizeVocab) -> dict:
     larger = dataclasses.replace(source, tensors=source.tensors | resized, tokenizer=new,
                                  config=dataclasses.replace(source.config, vocab_size=maker.size))  # fmt: skip
     result = convert(larger, huggingface, config.out, config.dtype)
-    print(f"vocabulary {len(old):,} -> {len(new):,} tokens, {rows:,} -> {maker.size:,} rows; {len(maker.new_ids):,} of them new, made by "
+    print(f"vocabulary {len(old):,} -> {len(new):,} tokens, {rows:,} -> {maker.size:,} rows; {len(maker.tokens):,} rows are new, by "
           f"{config.init}")
     reports = {}
     for name in resized:
-        report = reports[name] = row_report(result.tensors[name].read(), maker.new_ids)
+        report = reports[name] = row_report(result.tensors[name].read(), maker)
         norms = " and ".join(f"{report[key]:.3f}" for key in ("norm_old", "norm_new") if report[key] is not None)
         print(f"{name}: {report['coinciding']} rows coincide with another; mean norm of old and new rows {norms}")
-    if config.text:
-        found = compare_tokens(old, new, config.text)
+        if report["coinciding"]:
+            print(f"notice: equal rows are equal to the model too: {name} of --model may hold zeros; --init normal parts them")
+    if found:
         print(f"{config.text}: {found['before']:.3f} tokens per character before, {found['after']:.3f} after")
     print(f"next: python pretrain.py --init-from {config.out} --data DIR --train embeddings    (then with --train all)")
-    return {"rows": maker.size, "new": len(maker.new_ids), **reports}
+    return {"rows": maker.size, "new": len(maker.tokens), **reports}
 
 
 def inspect(config: Inspect) -> dict:

@@ -81,6 +81,8 @@ class ExtendConfig:
 def _special_mistake(text: str) -> str:
     if not text.strip():
         return "is empty"
+    if any(char.isspace() or not char.isprintable() for char in text):
+        return "holds a space, a newline or another sign that nobody sees, where programs disagree"
     return f"holds a {SPACE}, which stands for a space" if SPACE in text else ""
 
 
@@ -174,7 +176,7 @@ def check_base(path: Path, model) -> None:
     if model.charsmap or model.remove_extra_whitespaces:
         raise UserError(f"{path} normalises its text (its pieces do not say which texts they stand for); extend a model "
                         "that does not, as those of Llama")
-    if any("\n" in text for text, _, _ in model.pieces):
+    if any("\n" in text for text, _, kind in model.pieces if kind != CONTROL):
         raise UserError(f"{path} has pieces with a newline; what follows one then depends on what stands before it, and "
                         "extend cannot keep it as it is")
 
@@ -208,6 +210,11 @@ def compare_tokens(old, new, text_file) -> dict:
 def report_extension(config: ExtendConfig, old, new, extension: Extension, seconds: float) -> None:
     """Print what came of it. old, new: the tokenizers before and after."""
     learned = sum(kind == NORMAL for _, _, kind in extension.added)
+    if plain := [text for text in config.specials if text.isalnum()]:
+        print(f"notice: {', '.join(plain)} of --specials are plain words: transformers and llama.cpp will read them in plain text as the "
+              "special tokens; brackets such as <|…|> keep the two apart")
+    if not extension.added:
+        print(f"notice: nothing was added; {config.out} is a copy of {config.base}")
     if there := [text for text in config.specials if text in old.special_tokens]:
         print(f"special tokens that {config.base} already has: {' '.join(there)}")
     print(f"{config.base}: {len(old):,} tokens; {config.out}: {len(new):,} ({learned:,} new pieces, "

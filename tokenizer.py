@@ -198,13 +198,16 @@ CHATGLM2_SPECIALS = ("[MASK]", "[gMASK]", "[sMASK]", "sop", "eop")  # THUDM's to
 
 
 class SentencePieceTokenizer(Tokenizer):
-    """`tokenizer.model`. sentencepiece's own ids are the truth: encode(text) == SentencePieceProcessor.encode(text)."""
+    """`tokenizer.model`. sentencepiece's own ids are the truth: encode(text) == SentencePieceProcessor.encode(text).
+
+    model: what the file holds, a SentencePieceModel.
+    """
 
     def __init__(self, path: Path, config: dict, added: dict[int, str], jinja: str | None):
         super().__init__(config, jinja)
         self._data = _read_bytes(path)
         try:
-            self._model = model = read_sentencepiece(self._data)
+            self.model = model = read_sentencepiece(self._data)
             self._processor = sentencepiece.SentencePieceProcessor(model_proto=self._data)
         except (ValueError, RuntimeError, OSError):
             raise UserError(f"{path} ({len(self._data)} bytes) is not a sentencepiece model, or is damaged or "
@@ -263,7 +266,7 @@ class SentencePieceTokenizer(Tokenizer):
     def _tokenizers_json(self) -> bytes | None:
         unk = self.special_texts.get(self._processor.unk_id())
         bos = (self.special_texts[self.bos_id], self.bos_id) if self.add_bos else None
-        return tokenizers_json(self._model, self.pieces, self._added_tokens(), unk, bos)
+        return tokenizers_json(self.model, self.pieces, self._added_tokens(), unk, bos)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -362,7 +365,9 @@ def load_tokenizer(path) -> Tokenizer:
         names = ("tokenizer.model", "tokenizer.json")
         file = next((path / name for name in names if (path / name).is_file()), None)
         if file is None:
-            raise UserError(f"{path} holds no tokenizer; looked for {' and '.join(names)}")
+            others = sorted(other.name for other in path.glob("*.model"))
+            hint = f"; is {others[0]} one? Then name that file" if others else ""
+            raise UserError(f"{path} holds no tokenizer; looked for {' and '.join(names)}{hint}")
     elif path.exists():
         file = path
     else:
@@ -448,11 +453,11 @@ def extend_from(config: ExtendConfig) -> Tokenizer:
         raise UserError(f"{config.base} is a tokenizer.json, and extend works on a sentencepiece tokenizer.model. Llama-3's "
                         "128,256 tokens hold Chinese words as they are (Llama-3-Chinese keeps them): train on with it; for "
                         "special tokens take some of its <|reserved_special_token_0|> and so on")
-    check_base(config.base, base._model)
+    check_base(config.base, base.model)
     if new and not isinstance(new, SentencePieceTokenizer):
         raise UserError(f"{config.new} is a tokenizer.json; --new takes a sentencepiece model, such as `python tokenizer.py "
                         "train` makes")
-    outside = base.pieces[len(base._model.pieces) :]
+    outside = base.pieces[len(base.model.pieces) :]
     if gaps := [text for text in outside if text not in base.special_tokens]:
         raise UserError(f"{config.base} has ids without a token ({' '.join(gaps[:3])}); extend cannot number past them")
     specials = [text for text in config.specials if text not in base.special_tokens]
@@ -466,7 +471,7 @@ def extend_from(config: ExtendConfig) -> Tokenizer:
     if config.text:
         tools.text_size([config.text])  # finds every mistake in it before anything is written
     started = time.perf_counter()
-    extension = extend_model(base._data, new._model.pieces if new else (), specials=specials, outside=outside,
+    extension = extend_model(base._data, new.model.pieces if new else (), specials=specials, outside=outside,
                              keep=config.keep, keep_dead=config.keep_dead)  # fmt: skip
     # With <|im_start|> in it the new one might be taken for one of ours, which start no document with BOS.
     described = {**base.config, **base.named_specials, "chat_template": base.jinja, "add_bos_token": base.add_bos}

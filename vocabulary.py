@@ -2,7 +2,6 @@
 
     RowMaker        which rows stay, which are new, and what a new one starts as
     row_report      whether new rows coincide with others, and how long they are
-    compare_tokens  what the larger tokenizer saves on a text (extension.py)
 
 A row of the embedding (`model.embed_tokens.weight` [V, D]) is what the model reads for a token; a row of the head
 (`lm_head.weight` [V, D]) is what it compares its hidden state with to write the token. Tied models have one matrix for
@@ -36,10 +35,6 @@ import hashlib
 import torch
 from torch import Tensor
 
-from extension import compare_tokens
-
-__all__ = ["METHODS", "RowMaker", "compare_tokens", "row_report"]
-
 METHODS = ("subword", "mean", "normal")
 NOISE = 0.01  # of the old rows' standard deviation: rows differ, also in bf16, and mean the same
 CHUNK = 1024  # rows that are computed at a time, in fp32
@@ -51,7 +46,8 @@ class RowMaker:
     vocab_size: rows that the model has. More than tokens (a padded vocabulary): the rows behind the last token were
         never read, and become those of the new tokens. Fewer (a token was added, but no row): the missing ones are new.
     multiple_of: round the number of rows up. Rows that no token uses get `mean`, so that none is ever likely.
-    kept: the first so many rows are the old tokens'; new_ids: the rows that are made; size: all rows, never fewer than before
+    kept: the first so many rows are the old tokens'; tokens: the ids of the new ones; new_ids: all rows that are made, padding
+        too; size: all rows, never fewer than before
 
     Raises UserError if the new tokenizer is not the old one with tokens added.
     """
@@ -149,18 +145,18 @@ def statistics(rows: Tensor) -> tuple[Tensor, Tensor, float]:
     return mean.float(), std.float(), norms / len(rows)
 
 
-def row_report(rows: Tensor, new_ids) -> dict:
-    """rows [V, D], ids of the new ones -> {"new", "coinciding", "norm_old", "norm_new"}.
+def row_report(rows: Tensor, maker: RowMaker) -> dict:
+    """rows [V, D] that this maker made -> {"new", "coinciding", "norm_old", "norm_new"}.
 
-    coinciding: how many new rows equal any other row, bit for bit. norms: the mean ones; None where there are no rows.
+    coinciding: how many new rows, padding included, equal any other row, bit for bit. norms: the mean ones of old and new
+    tokens; None where there are none.
     """
-    new_ids = set(new_ids)
+    new_ids = set(maker.new_ids)
     groups: dict[bytes, list[int]] = {}  # by hash: the rows themselves would be held in memory once more
     for i, row in enumerate(rows.contiguous().view(torch.uint8).numpy()):
         groups.setdefault(hashlib.blake2b(row, digest_size=16).digest(), []).append(i)
     coinciding = sum(i in new_ids for group in groups.values() if len(group) > 1 for i in group)
     norms = torch.cat([chunk.float().norm(dim=1) for chunk in rows.split(CHUNK)])
-    is_new = torch.tensor([i in new_ids for i in range(len(rows))])
-    old, new = norms[~is_new], norms[is_new]
-    return {"new": len(new_ids), "coinciding": coinciding, "norm_old": old.mean().item() if len(old) else None,
+    old, new = norms[: maker.kept], norms[maker.tokens.start : maker.tokens.stop]
+    return {"new": len(maker.tokens), "coinciding": coinciding, "norm_old": old.mean().item() if len(old) else None,
             "norm_new": new.mean().item() if len(new) else None}  # fmt: skip

@@ -426,6 +426,8 @@ class _Header:
             return self._string()
         if kind == ARRAY:
             of, count = self._scalar("I"), self._scalar("Q")
+            if of == ARRAY:
+                raise UserError(f"{self.path} is damaged: its header has an array of arrays, which no model's metadata has")
             if of not in SCALARS:
                 return [self._value(of) for _ in range(count)]
             numbers = np.dtype(f"<{SCALARS[of]}")
@@ -440,7 +442,7 @@ class _Header:
         shape = tuple(reversed([self._scalar("Q") for _ in range(dimensions)]))
         kind = self._type(name, self._scalar("I"))
         if not shape or shape[-1] % kind.block or math.prod(shape) > 8 * self._size * kind.block:
-            raise UserError(f"{self.path} is damaged or truncated: {name} has the shape {shape} in {kind.name}")
+            raise UserError(f"{self.path} is damaged or truncated: {name!r} has the shape {shape} in {kind.name}")
         return name, torch.Size(shape), kind, self._scalar("Q")
 
     def _type(self, name: str, code: int) -> Type:
@@ -546,6 +548,7 @@ def _config(header: _Header) -> LlamaConfig:
         wrong.append("token_embd.weight is missing")
     if not wrong and values["num_hidden_layers"] > len(header.tensors):
         wrong.append(f"llama.block_count is {values['num_hidden_layers']}, and there are {len(header.tensors)} tensors")
+    wrong += [f"llama.{keys[field]} is {value}" for field, value in values.items() if not wrong and value <= 0]
     if wrong:
         raise UserError("; ".join(wrong))
     values["num_key_value_heads"] = number("attention.head_count_kv", values["num_attention_heads"])
@@ -558,6 +561,9 @@ def _config(header: _Header) -> LlamaConfig:
     if wrong:
         raise UserError("; ".join(wrong))
     ids = {name: data.get(f"tokenizer.ggml.{name}_token_id") for name in ("bos", "eos", "eot", "padding")}
+    for name, token_id in ids.items():
+        if token_id is not None and not (isinstance(token_id, int) and 0 <= token_id < values["vocab_size"]):
+            raise UserError(f"tokenizer.ggml.{name}_token_id is {token_id}, and the embedding has {values['vocab_size']} rows")
     ends = list(dict.fromkeys(token_id for token_id in (ids["eos"], ids["eot"]) if token_id is not None))
     values["rope_scaling"] = _rope_scaling(header, values["max_position_embeddings"])
     try:

@@ -57,7 +57,7 @@ def tokenizer_problems(tokenizer: Tokenizer, rows: int) -> list[str]:
     if twice or "" in tokenizer.pieces:
         found.append(f"its tokenizer has {twice[0]!r} twice" if twice else "its tokenizer has a token without a text")
     if isinstance(tokenizer, SentencePieceTokenizer):
-        if not tokenizer._model.is_bpe:
+        if not tokenizer.model.is_bpe:
             found.append("its tokenizer is a unigram model; llama.cpp would merge by scores and give other ids")
         return found
     content = _json(tokenizer)
@@ -75,9 +75,12 @@ def tokenizer_problems(tokenizer: Tokenizer, rows: int) -> list[str]:
 def tokenizer_remarks(tokenizer: Tokenizer) -> list[str]:
     found = []
     if isinstance(tokenizer, SentencePieceTokenizer):
-        model = tokenizer._model
+        model = tokenizer.model
         if model.charsmap or model.remove_extra_whitespaces:
             found.append("its tokenizer changes the text before it splits it (normalisation); llama.cpp does not")
+        if not model.add_dummy_prefix:
+            found.append("a tokenizer that transformers takes from a GGUF file puts a space before every text, and this one does not: "
+                         "there, take the tokenizer of the model directory")  # fmt: skip
         pieces = set(tokenizer.pieces)
         mergeable = [text for text in tokenizer.special_tokens if _can_be_merged(text, pieces)]
         if mergeable:
@@ -100,7 +103,7 @@ def tokenizer_metadata(tokenizer: Tokenizer, rows: int) -> dict:
     """
     unknown, merges = None, None
     if isinstance(tokenizer, SentencePieceTokenizer):
-        pieces = tokenizer._model.pieces
+        pieces = tokenizer.model.pieces
         # A user's own pieces are looked for in the text before its spaces are spelled as ▁.
         tokens = [text.replace(SPACE, " ") if kind == USER_DEFINED else text for text, _, kind in pieces]
         scores, types = [score for _, score, _ in pieces], [kind for _, _, kind in pieces]
@@ -109,7 +112,7 @@ def tokenizer_metadata(tokenizer: Tokenizer, rows: int) -> dict:
             scores.append(0.0)
             types.append(CONTROL if i in tokenizer.special_texts else UNUSED)
         unknown = types.index(UNKNOWN)
-        engine, pre, space = "llama", "default", tokenizer._model.add_dummy_prefix
+        engine, pre, space = "llama", "default", tokenizer.model.add_dummy_prefix
     else:
         content = _json(tokenizer)
         plain = {token["id"] for token in content.get("added_tokens") or [] if not token.get("special")}

@@ -313,15 +313,15 @@ def problems(source: Weights, version: int = 0, group_size: int = 64) -> list[st
         found.append(f"a group size must be at least 2, not {group_size}")
     elif version == 2 and group_size_for(config, group_size) == 1:
         found.append(f"no group size: {group_size}, halved until it divides hidden size {config.hidden_size} and feed-forward size "
-                     f"{config.intermediate_size}, is 1, and int8 larger than fp32; use version 0")  # fmt: skip
+                     f"{config.intermediate_size}, is 1, and int8 larger than fp32; give a power of two, or version 0")  # fmt: skip
     return found + (_tokenizer_problems(source.tokenizer, config.vocab_size) if source.tokenizer is not None else [])
 
 
 def _tokenizer_problems(tokenizer: Tokenizer, vocab_size: int) -> list[str]:
-    if not isinstance(tokenizer, SentencePieceTokenizer) or not tokenizer._model.is_bpe:
+    if not isinstance(tokenizer, SentencePieceTokenizer) or not tokenizer.model.is_bpe:
         kind = "a unigram model" if isinstance(tokenizer, SentencePieceTokenizer) else "a tokenizer.json"
         return [f"its tokenizer is {kind}; the C program knows sentencepiece's byte pair encoding only, pieces with scores"]
-    model, found = tokenizer._model, []
+    model, found = tokenizer.model, []
     if model.charsmap or model.remove_extra_whitespaces:
         found.append("its tokenizer changes the text before it splits it (normalisation), which the C program does not")
     if odd := [text for text, _, kind in model.pieces if kind not in (NORMAL, BYTE, CONTROL, UNKNOWN)]:
@@ -330,6 +330,9 @@ def _tokenizer_problems(tokenizer: Tokenizer, vocab_size: int) -> list[str]:
         found.append(f"its tokenizer's BOS is token {tokenizer.bos_id}; the C program starts every text with token {BOS}")
     if SPACE not in tokenizer.pieces:
         found.append("its tokenizer has no piece for a space, which the C program puts before every text")
+    spelled = Counter(text.replace(SPACE, " ") for text, _, _ in model.pieces)
+    if twice := [text for text, count in spelled.items() if count > 1]:
+        found.append(f"two of its tokenizer's pieces become {twice[0]!r}, which the C program could not tell apart")
     if len(tokenizer) > vocab_size:
         found.append(f"its tokenizer has {len(tokenizer)} entries, the model only {vocab_size}")
     return found
@@ -347,7 +350,7 @@ def remarks(source: Weights, version: int = 0, group_size: int = 64) -> list[str
     if not tokenizer.add_bos:
         found.append(f"run.c starts every text with {tokenizer.pieces[BOS]} (token {BOS}) and stops at it; this model's texts were "
                      f"not started with it, and run.c goes on after {tokenizer.special_texts.get(tokenizer.eos_id, 'EOS')}")  # fmt: skip
-    first = _first_byte([text for text, _, _ in tokenizer._model.pieces])
+    first = _first_byte([text for text, _, _ in tokenizer.model.pieces])
     if first != FIRST_BYTE:
         where = "this tokenizer has none" if first is None else f"here they are at {first} … {first + 255}"
         found.append(f"run.c takes tokens {FIRST_BYTE} … {FIRST_BYTE + 255} for bytes, {where}: characters of a prompt that are not "
@@ -441,7 +444,7 @@ def tokenizer_bytes(tokenizer: SentencePieceTokenizer, vocab_size: int) -> bytes
     Special tokens other than BOS and EOS get a score that keeps text from becoming one. Where the bytes are not at 3 … 258, where
     the C program looks for them, printable ASCII and line ends are spelled as the character, which it finds by its text.
     """
-    pieces = tokenizer._model.pieces
+    pieces = tokenizer.model.pieces
     first = _first_byte([text for text, _, _ in pieces])
     known = {text.replace(SPACE, " ") for text, _, kind in pieces if kind == NORMAL}
     entries = []

@@ -23,7 +23,7 @@ from checkpoint import load_model, save_model
 from config import LlamaConfig
 from doors import huggingface, llama2c, megatron, meta
 from model import Llama
-from tokenizer import load_tokenizer
+from tokenizer import ExtendConfig, extend_from, load_tokenizer
 from weights import Lazy, open_weights
 
 GQA = LlamaConfig(400, 32, 64, 4, 4, 2, max_position_embeddings=64)
@@ -102,6 +102,16 @@ def test_dtypes_are_kept_unless_asked(tmp_path, tokenizer_dir):
     half, wide, state = (load_model(path).state_dict() for path in (tmp_path / "back", tmp_path / "wide", model))
     for name, tensor in state.items():
         assert torch.equal(half[name], tensor.bfloat16()) and torch.equal(wide[name], tensor.bfloat16().float())
+
+
+def test_a_cast_that_would_overflow_is_refused(tmp_path, tokenizer_dir):
+    model = Llama(GQA)
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[0, 0] = 1e6
+    save_model(model, tmp_path / "model", load_tokenizer(tokenizer_dir))
+    with pytest.raises(UserError, match=r"model\.layers\.1\.mlp\.up_proj\.weight has values up to 1e\+06, more than float16 holds"):
+        cv.export_meta(cv.ExportMeta(model=tmp_path / "model", out=tmp_path / "out", dtype="fp16"))
+    assert nothing_left(tmp_path)
 
 
 def test_version_2_of_llama2c_reads_back_with_groups_that_had_to_be_smaller(tmp_path, tokenizer_dir):
@@ -202,8 +212,10 @@ def test_inspect_tells_what_everything_is(tmp_path, tokenizer_dir, capsys):
     cv.export_meta(cv.ExportMeta(model=model, out=tmp_path / "meta", shards=2))
     cv.export_megatron(cv.ExportMegatron(model=model, out=tmp_path / "megatron", tp=2, pp=4))
     cv.export_llama2c(cv.ExportLlama2c(model=model, out=tmp_path / "llama2c"))
+    pytest.importorskip("gguf")
+    cv.export_gguf(cv.ExportGguf(model=model, out=tmp_path / "gguf"))
     capsys.readouterr()
-    for path, kind in ((model, "Hugging Face"), ("meta", "Meta"), ("megatron", "Megatron"), ("llama2c", "llama2.c")):
+    for path, kind in (("gguf", "GGUF"), (model, "Hugging Face"), ("meta", "Meta"), ("megatron", "Megatron"), ("llama2c", "llama2.c")):
         found = cv.inspect(cv.Inspect(path=tmp_path / path))
         out = re.sub(r" +", " ", capsys.readouterr().out)
         assert kind in found["kind"] and found["parameters"] == Llama(GQA).num_parameters()
@@ -239,12 +251,11 @@ def test_a_run_is_its_newest_step_and_one_of_its_steps_can_be_named(tmp_path, to
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("init", ["subword", "mean", "normal"])
 def test_a_larger_vocabulary(tmp_path, ours_dir, tied, init, capsys):
-    from tokenizer import ExtendConfig, extend_from
-
     torch.manual_seed(0)
     base = load_tokenizer(ours_dir)
     config = dataclasses.replace(GQA, vocab_size=len(base), tie_word_embeddings=tied, bos_token_id=base.bos_id, eos_token_id=base.eos_id)
-    save_model(Llama(config), tmp_path / "model", base)
+    base.save(tmp_path / "model", template="llama2")
+    save_model(Llama(config), tmp_path / "model", load_tokenizer(tmp_path / "model"))
     extend_from(ExtendConfig(base=ours_dir, out=tmp_path / "larger", specials=("<|tool|>", "<|end_tool|>")))
     new = load_tokenizer(tmp_path / "larger")
     assert len(new) == len(base) + 2
@@ -256,9 +267,26 @@ def test_a_larger_vocabulary(tmp_path, ours_dir, tied, init, capsys):
     tokens = torch.randint(3, len(base), (2, 20))
     with torch.no_grad():
         assert torch.equal(before(tokens), after(tokens)[..., : len(base)])
-    assert load_tokenizer(tmp_path / "out").fingerprint == new.fingerprint
+    made = load_tokenizer(tmp_path / "out")
+    assert made.fingerprint == new.fingerprint and new.template is None and made.template == "llama2"  # the model's, kept
+    with pytest.raises(UserError, match=r"nowhere\.txt does not exist"):  # before anything is written
+        cv.resize_vocab(cv.ResizeVocab(model=tmp_path / "model", tokenizer=tmp_path / "larger", out=tmp_path / "late",
+                                       text=tmp_path / "nowhere.txt"))  # fmt: skip
+    assert not (tmp_path / "late").exists()
     with pytest.raises(UserError, match="taking rows away"):
         cv.resize_vocab(cv.ResizeVocab(model=tmp_path / "out", tokenizer=ours_dir, out=tmp_path / "smaller"))
+
+
+def test_rows_that_stay_equal_are_told(tmp_path, ours_dir, capsys):
+    base = load_tokenizer(ours_dir)
+    model = Llama(dataclasses.replace(GQA, vocab_size=len(base)))
+    with torch.no_grad():
+        model.model.embed_tokens.weight.zero_()
+    save_model(model, tmp_path / "model", base)
+    extend_from(ExtendConfig(base=ours_dir, out=tmp_path / "larger", specials=("<|a|>", "<|b|>")))
+    report = cv.resize_vocab(cv.ResizeVocab(model=tmp_path / "model", tokenizer=tmp_path / "larger", out=tmp_path / "out"))
+    assert report["model.embed_tokens.weight"]["coinciding"] == 2 and report["lm_head.weight"]["coinciding"] == 0
+    assert "notice: equal rows are equal to the model too: model.embed_tokens.weight" in capsys.readouterr().out
 
 
 # ---- the command line ----------------------------------------------------------------------------------------------------

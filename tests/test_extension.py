@@ -24,7 +24,7 @@ def real_extended(tmp_path_factory):
     if not new.is_file():
         pytest.skip("the real Chinese sentencepiece model is not here")
     root = tmp_path_factory.mktemp("real")
-    pieces = tk.load_tokenizer(new)._model.pieces
+    pieces = tk.load_tokenizer(new).model.pieces
     (root / "all.model").write_bytes(ex.extend_model(base._data, pieces, keep="all", keep_dead=True).data)
     return {"base": base, "cjk": tk.extend(SHARED / "llama2", new, root / "cjk"),
             "all": tk.load_tokenizer(root / "all.model")}  # fmt: skip
@@ -251,7 +251,7 @@ def test_a_piece_with_an_unknown_character_is_left_out(english_dir):
 
 def test_all_kinds_of_pieces(english_dir, ours_dir, ours, english, tmp_path):
     tokenizer = tk.extend(english_dir, ours_dir, tmp_path / "out", keep="all", keep_dead=True)
-    learned = [text for text, _, kind in ours._model.pieces if kind == sp.NORMAL and text not in english.pieces]
+    learned = [text for text, _, kind in ours.model.pieces if kind == sp.NORMAL and text not in english.pieces]
     assert tokenizer.pieces[len(english) :] == learned
     assert any("▁" in text for text in learned) and any(text.isascii() for text in learned)
 
@@ -349,6 +349,7 @@ def test_mistakes(english_dir, english, ours_dir, llama3_dir, tmp_path):
         (tmp_path / "newline.model", ours_dir, {}, "pieces with a newline"),
         (english_dir, None, {}, "nothing to add"),
         (english_dir, None, {"specials": ("a", "a", " ", "▁x")}, "' ' .*is empty; .*'▁x' .*holds a ▁.*; .*'a' twice"),
+        (english_dir, None, {"specials": ("<a b>", "<c\nd>")}, "'<a b>' .*nobody sees.*'<c.nd>' .*nobody sees"),
         (english_dir, None, {"specials": (english.pieces[-1],)}, "of --specials is already an ordinary token"),
         (english_dir, tmp_path / "nowhere", {}, "does not exist"),
         (english_dir, ours_dir, {"out": tmp_path / "taken"}, "holds something else"),

@@ -532,6 +532,20 @@ def test_what_is_no_gguf_of_ours_is_refused(tmp_path, written):
         assert reason in refused(bad)
 
 
+def test_numbers_that_cannot_be_are_named(tmp_path, written, monkeypatch):
+    source, _ = written()
+    plain, bad = door.metadata, tmp_path / "bad.gguf"
+    for key, value, reason in (("tokenizer.ggml.bos_token_id", 5000, "bos_token_id is 5000, and the embedding has"),
+                               ("llama.embedding_length", 0, "llama.embedding_length is 0"),
+                               ("llama.attention.head_count", 0, "llama.attention.head_count is 0")):  # fmt: skip
+        monkeypatch.setattr(door, "metadata", lambda *args, key=key, value=value: plain(*args) | {key: value})
+        door.write(source, bad)
+        assert reason in refused(bad)
+    nested = b"GGUF" + struct.pack("<IQQQ", 3, 0, 1, 1) + b"a" + struct.pack("<I", 9) + struct.pack("<IQ", 9, 1) * 20_000
+    bad.write_bytes(nested)
+    assert "array of arrays" in refused(bad)
+
+
 def test_tensors_that_do_not_fit_are_named(tmp_path, written, monkeypatch):
     source, _ = written()
     monkeypatch.setattr(door, "metadata", lambda *args, plain=door.metadata: plain(*args) | {"llama.feed_forward_length": 128})
@@ -588,7 +602,8 @@ def test_what_llama_cpp_has_not_is_refused_with_the_reason(tmp_path, chat):
             door.write(source, tmp_path / "out.gguf")
     source = weights_of(random_model(), chat)
     assert "--type q3" in " ".join(door.problems(source, "q3"))
-    assert not door.remarks(dataclasses.replace(source, config=dataclasses.replace(source.config, vocab_size=700)))
+    remarks = door.remarks(dataclasses.replace(source, config=dataclasses.replace(source.config, vocab_size=700)))
+    assert len(remarks) == 1 and "puts a space before every text" in remarks[0]
     assert "RoPE scaling (linear)" in " ".join(door.remarks(weights_of(random_model(rope_scaling=ROPES["linear"]), chat)))
 
 

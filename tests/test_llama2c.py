@@ -674,4 +674,4 @@ def test_pieces_of_an_imported_tokenizer_have_the_types_that_the_c_program_gives
     (tmp_path / "tokenizer.model").write_bytes(data)
     again = llama2c.read_tokenizer(exported(load_tokenizer(tmp_path), tmp_path), 8)
     assert again.pieces == [text for text, _, _ in pieces] and again.special_tokens == {"<unk>": 0, "<s>": 1, "</s>": 2, "<sep>": 3}
-    assert again.encode("ab<sep>") == [4, 5, 0] and BYTE not in [kind for _, _, kind in again._model.pieces]
+    assert again.encode("ab<sep>") == [4, 5, 0] and BYTE not in [kind for _, _, kind in again.model.pieces]

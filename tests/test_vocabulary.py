@@ -36,8 +36,8 @@ def test_old_rows_stay_and_none_coincides(english, extended, method, dtype):
         assert made.dtype == dtype and made.shape == (maker.size, D)
         assert maker.size % 64 == 0 and 0 <= maker.size - len(extended) < 64
         assert torch.equal(made[: len(rows)], rows) and made.isfinite().all()
-        report = vo.row_report(made, maker.new_ids)
-        assert report["coinciding"] == 0 and report["new"] == maker.size - len(rows)
+        report = vo.row_report(made, maker)
+        assert report["coinciding"] == 0 and report["new"] == len(extended) - len(rows)
         assert torch.equal(made, maker.resize(rows, output=output)), "the same seed, the same rows"
         other = vo.RowMaker(english, extended, len(rows), method=method, multiple_of=64, seed=1).resize(rows, output=output)
         assert not torch.equal(made, other)
@@ -83,7 +83,7 @@ def test_repetitions_differ(english, tmp_path):
         rows = random_rows(len(base), dtype)
         maker = vo.RowMaker(base, new, len(rows))
         made = maker.resize(rows, output=False)
-        assert vo.row_report(made, maker.new_ids)["coinciding"] == 0
+        assert vo.row_report(made, maker)["coinciding"] == 0
         similar = torch.nn.functional.cosine_similarity(made[-1:].float(), made[len(base) - 1 :].float())
         assert similar.min() > 0.99, "but mean the same"
 
@@ -102,7 +102,7 @@ def test_all_chinese_characters(tmp_path):
     assert sum(count for count in without_order.values() if count > 1) == 18_988
     for dtype, output in ((torch.float32, False), (torch.bfloat16, True)):
         made = maker.resize(rows.to(dtype), output=output)
-        assert vo.row_report(made, maker.new_ids)["coinciding"] == 0
+        assert vo.row_report(made, maker)["coinciding"] == 0
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -137,7 +137,7 @@ def test_nothing_to_do(english):
     rows = random_rows(len(english))
     maker = vo.RowMaker(english, english, len(rows))
     assert maker.new_ids == [] and torch.equal(maker.resize(rows, output=True), rows)
-    assert vo.row_report(rows, []) == {"new": 0, "coinciding": 0, "norm_old": rows.norm(dim=1).mean().item(), "norm_new": None}
+    assert vo.row_report(rows, maker) == {"new": 0, "coinciding": 0, "norm_old": rows.norm(dim=1).mean().item(), "norm_new": None}
 
 
 def test_added_token_of_a_tokenizer_json(llama3_dir, tmp_path):
@@ -160,12 +160,14 @@ def test_mistakes(english, extended, ours):
         vo.RowMaker(english, extended, len(english), method="zeros")
 
 
-def test_row_report():
-    rows = random_rows(10, torch.bfloat16)
-    rows[7], rows[9] = rows[2], rows[8]
-    report = vo.row_report(rows, [6, 7, 8, 9])
-    assert (report["new"], report["coinciding"]) == (4, 3)
-    assert report["norm_new"] == pytest.approx(rows[6:].float().norm(dim=1).mean().item())
+def test_row_report(english, extended):
+    old, new = len(english), len(extended)
+    maker = vo.RowMaker(english, extended, old, multiple_of=new + 3)  # three rows of padding
+    rows = random_rows(new + 3, torch.bfloat16)
+    rows[old + 1], rows[new + 2] = rows[2], rows[old]  # a token with an old row, padding with a token's
+    report, norms = vo.row_report(rows, maker), rows.float().norm(dim=1)
+    assert (report["new"], report["coinciding"]) == (new - old, 3)
+    assert report["norm_new"] == pytest.approx(norms[old:new].mean().item()) and report["norm_old"] == pytest.approx(norms[:old].mean().item())
 
 
 # ----------------------------------------------------------------------------------------------------------------------

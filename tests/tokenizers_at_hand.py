@@ -87,7 +87,7 @@ def english_dir(tmp_path_factory):
     root = tmp_path_factory.mktemp("english")
     (root / "corpus.txt").write_text(ENGLISH * 3, encoding="utf-8")
     trained = tk.train([root / "corpus.txt"], 360, root / "trained")
-    pieces = [piece for piece in trained._model.pieces if "<|" not in piece[0]]
+    pieces = [piece for piece in trained.model.pieces if "<|" not in piece[0]]
     data = sentencepiece_bytes(pieces, add_dummy_prefix=True, unk_id=0, bos_id=1, eos_id=2)
     (root / "tokenizer").mkdir()
     (root / "tokenizer" / "tokenizer.model").write_bytes(data)
