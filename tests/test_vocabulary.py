@@ -167,7 +167,8 @@ def test_row_report(english, extended):
     rows[old + 1], rows[new + 2] = rows[2], rows[old]  # a token with an old row, padding with a token's
     report, norms = vo.row_report(rows, maker), rows.float().norm(dim=1)
     assert (report["new"], report["coinciding"]) == (new - old, 3)
-    assert report["norm_new"] == pytest.approx(norms[old:new].mean().item()) and report["norm_old"] == pytest.approx(norms[:old].mean().item())
+    assert report["norm_new"] == pytest.approx(norms[old:new].mean().item())
+    assert report["norm_old"] == pytest.approx(norms[:old].mean().item())
 
 
 # ----------------------------------------------------------------------------------------------------------------------
