@@ -19,6 +19,8 @@ from settings import UserError, command_line, flag, too_small
 import dataclasses
 import os
 import shutil
+import signal
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -29,18 +31,18 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from checkpoint import ARCHITECTURE, resolve_model_dir
+from checkpoint import ARCHITECTURE, SMALL_FILES, resolve_model_dir
 from config import LlamaConfig
-from doors import gguf_file, huggingface, llama2c, megatron, meta
+from doors import gguf_file, huggingface, llama2c, megatron, meta, tiktoken_file
 from extension import compare_tokens
 from files import fsync_directory, locked
 from progress import human
-from tokenizer import load_tokenizer
+from runs import steps
+from tokenizer import Tokenizer, load_tokenizer
 from vocabulary import METHODS, RowMaker, row_report
-from weights import DTYPES, Lazy, Weights
+from weights import DTYPES, Lazy, Weights, check_dtypes, same_bits
 
 DOORS = (huggingface, meta, megatron, gguf_file, llama2c)  # in the order in which they are asked whether they recognise a path
-SMALL_FILES = 20 * 10**6  # room for tokenizers and descriptions beside the tensors
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 SCAN = 1 << 24  # elements looked at in one go when values are checked
 
@@ -93,7 +95,7 @@ class ExportMegatron(Convert):
 
     def problems(self) -> list[str]:
         found = too_small(self, "tp", "pp", "vpp", "vocab_divisor", least=1)
-        if self.layers and not all(part.strip().isdigit() for part in self.layers.split(",")):
+        if self.layers and not all(part.strip().isascii() and part.strip().isdigit() for part in self.layers.split(",")):
             found.append(f"--layers must be numbers with commas between them, 6,8,8,10, not {self.layers}")
         return found
 
@@ -143,37 +145,53 @@ class Inspect:
 # Opening
 
 
-def door_of(path: Path):
-    """The room that knows the format of `path`, or None."""
-    return next((door for door in DOORS if door.recognises(path)), None)
+def located(path: Path, wanted=None):
+    """(path, the room that knows its format, or None). A run directory is its newest intact step.
+
+    `wanted`: the room that a command is for. Raises UserError if the path is missing, or known to another room only.
+    """
+    if not path.exists():
+        raise UserError(f"{path} does not exist")
+    if wanted and wanted.recognises(path):
+        return path, wanted
+    door = next((door for door in DOORS if door.recognises(path)), None)
+    if door is None and path.is_dir() and ((path / "config.json").exists() or steps(path)):
+        path, door = resolve_model_dir(path), huggingface
+    if wanted and door:
+        raise UserError(f"--model {path} is of the kind {door.KIND}, not {wanted.KIND}")
+    return path, door
 
 
-def open_source(path: Path, tokenizer: Path | None = None, *, rows_missing: bool = False, **options) -> Weights:
-    """Any model as Weights, with the tokenizer that is given or its own. A run directory is its newest step.
+def open_source(path: Path, tokenizer: Path | None = None, door=None, *, rows_missing: bool = False, **options) -> Weights:
+    """Any model as Weights, with the tokenizer that is given or its own. `door`: the only one it may come through.
 
     `options` are those of one kind of source. Raises UserError if nothing is recognised, if something is broken, or if the
     tokenizer has more entries than the embedding rows (unless rows_missing).
     """
-    if not path.exists():
-        raise UserError(f"{path} does not exist")
-    door = door_of(path)
-    if door in (huggingface, None) and path.is_dir():
-        try:
-            path, door = resolve_model_dir(path), huggingface
-        except UserError:
-            if door:
-                raise
-    if door is None:
+    path, found = located(path, door)
+    if found is None:
         raise UserError(f"{path} is nothing that is known here: no Hugging Face, Meta, Megatron, llama2.c or GGUF model")
-    given = load_tokenizer(tokenizer) if tokenizer else None
-    if given is not None and door is not huggingface:
-        options["tokenizer"] = given
-    weights = door.open_weights(path, **options)
-    weights.tokenizer = given or weights.tokenizer
-    if weights.tokenizer and len(weights.tokenizer) > weights.config.vocab_size and not rows_missing:
-        raise UserError(f"the tokenizer has {len(weights.tokenizer):,} entries and the embedding of {path} only "
-                        f"{weights.config.vocab_size:,} rows; use the model's own, or convert.py resize-vocab")  # fmt: skip
+    if found is huggingface:
+        path = resolve_model_dir(path)  # a step of a run is checked against its manifest
+    given = open_tokenizer(tokenizer) if tokenizer else None
+    weights = found.open_weights(path, tokenizer=given, **options)
+    check_dtypes(weights.tensors, path)
+    if given is not None:
+        ids = {"bos_token_id": given.bos_id, "eos_token_id": given.eos_id, "pad_token_id": given.pad_id}
+        weights.config = dataclasses.replace(weights.config, **ids)
+    entries, rows = len(weights.tokenizer or ()), weights.config.vocab_size
+    if entries > rows and not rows_missing:
+        raise UserError(f"the tokenizer has {entries:,} entries and the embedding of {path} only {rows:,} rows; use the model's own, or "
+                        "convert.py resize-vocab")  # fmt: skip
+    if 0 < entries < rows:
+        weights.odd.append(f"the embedding has {rows:,} rows and the tokenizer {entries:,} entries: padding, or another model's tokenizer")
     return weights
+
+
+def open_tokenizer(path: Path) -> Tokenizer:
+    """Any tokenizer, Llama-3's original file of ranks included."""
+    file = path / "tokenizer.model" if path.is_dir() else path
+    return tiktoken_file.load_ranks(file, "3.1") if file.is_file() and tiktoken_file.is_ranks(file) else load_tokenizer(path)
 
 
 def watched(source: Weights, bar: tqdm, strange: dict[str, int], dtype: torch.dtype | None = None) -> Weights:
@@ -222,12 +240,14 @@ def convert(source: Weights, door, out: Path, dtype: str = "keep", **options) ->
     cast = dataclasses.replace(source, tensors={name: lazy.to(wanted) for name, lazy in source.tensors.items()})
     if problems := door.problems(cast, **options):
         raise UserError(f"{door.KIND} cannot hold this model: {'; '.join(problems)}")
-    if not out.exists():
-        check_disk(out, door.size(cast, **options))
+    if not out.name or os.path.lexists(out):
+        raise UserError(f"--out {out} exists already; remove it or choose another name")
+    parent = next(path for path in out.absolute().parents if os.path.lexists(path))
+    if not parent.is_dir():
+        raise UserError(f"--out {out}: {parent} is not a directory")
     partial = out.with_name(f".{out.name}.partial")
-    with locked(out.with_name(f".{out.name}.lock"), f"--out {out}: another process is writing it"):
-        if out.exists():
-            raise UserError(f"--out {out} exists already; remove it or choose another name")
+    check_disk(out, parent, door.size(cast, **options) - size_on_disk(partial))  # what a killed conversion left is written over
+    with ended_politely(), locked(out.with_name(f".{out.name}.lock"), f"--out {out}: another process is writing it"):
         started, strange = time.perf_counter(), {}
         try:
             remove(partial)  # of an interrupted conversion
@@ -237,18 +257,21 @@ def convert(source: Weights, door, out: Path, dtype: str = "keep", **options) ->
                 written = door.open_weights(partial)
                 compare(watched(source, bar, {}, wanted), written, lambda name, tensor: door.expected(cast, name, tensor, **options))
             sync(partial)
+            if os.path.lexists(out):  # made by another process meanwhile
+                raise UserError(f"--out {out} exists already; remove it or choose another name")
             os.replace(partial, out)
+            fsync_directory(out.absolute().parent)
         except BaseException:
             remove(partial)
             raise
-    remarks = [*source.odd, *door.remarks(cast, **options),
-               *(f"{name} holds {count:,} values that are NaN or infinite" for name, count in strange.items())]  # fmt: skip
+    remarks = [f"{name} holds {count:,} values that are NaN or infinite" for name, count in strange.items()]
+    remarks += [*source.odd, *door.remarks(cast, **options)]
     for remark in remarks[:20]:
         print(f"notice: {remark}")
     if len(remarks) > 20:
         print(f"notice: and {len(remarks) - 20} more of that kind")
     print(f"{source.kind} -> {door.KIND}: {len(source.tensors)} tensors, {source.nbytes / 1e9:,.2f} GB in "
-          f"{time.perf_counter() - started:.1f} s, read back and equal")  # fmt: skip
+          f"{time.perf_counter() - started:.1f} s, every tensor read back and equal")  # fmt: skip
     return door.open_weights(out)
 
 
@@ -259,7 +282,7 @@ def compare(source: Weights, written: Weights, expected) -> None:
     wrong += [f"{name} is missing or new" for name in source.tensors.keys() ^ written.tensors.keys()]
     for name in source.tensors if not wrong else ():
         want, got = expected(name, source.tensors[name].read()), written.tensors[name].read()
-        if (want.shape, want.dtype) != (got.shape, got.dtype) or not same_bits(want, got):
+        if not same_bits(want, got):
             wrong.append(f"{name} differs")
             break
     if wrong:
@@ -267,17 +290,24 @@ def compare(source: Weights, written: Weights, expected) -> None:
                         "sound, this is a fault of Cria's")
 
 
-def same_bits(a: Tensor, b: Tensor) -> bool:
-    """Equal, NaN included."""
-    return torch.equal(a.contiguous().reshape(-1).view(torch.uint8), b.contiguous().reshape(-1).view(torch.uint8))
-
-
-def check_disk(out: Path, size: int) -> None:
-    parent = next(path for path in (out, *out.absolute().parents) if path.exists())
+def check_disk(out: Path, parent: Path, size: int) -> None:
     free = shutil.disk_usage(parent).free
     if free < size + SMALL_FILES:
         raise UserError(f"--out {out} will take {(size + SMALL_FILES) / 1e9:,.2f} GB and {parent} has {free / 1e9:,.2f} GB free; "
                         "nothing was begun")  # fmt: skip
+
+
+@contextmanager
+def ended_politely() -> Iterator[None]:
+    """SIGTERM, as Ctrl-C, ends the block with KeyboardInterrupt, so that nothing half written stays."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def remove(path: Path) -> None:
@@ -289,7 +319,7 @@ def remove(path: Path) -> None:
 
 def sync(path: Path) -> None:
     """Have everything below `path` on the disk before it gets its name."""
-    for file in [path] if path.is_file() else sorted(path.rglob("*")):
+    for file in [path] if path.is_file() else [*sorted(path.rglob("*")), path]:
         if file.is_file():
             with file.open("rb+") as stream:
                 os.fsync(stream.fileno())
@@ -314,30 +344,21 @@ def parameters(weights: Weights) -> int:
     return sum(lazy.shape.numel() for lazy in weights.tensors.values())
 
 
-def expect(config: Convert, door) -> None:
-    if config.model.exists() and door_of(config.model) not in (door, None):
-        raise UserError(f"--model {config.model} is of the kind {door_of(config.model).KIND}, not {door.KIND}")
-
-
 def import_meta(config: ImportMeta) -> dict:
-    expect(config, meta)
-    return to_house(config, open_source(config.model, config.tokenizer, max_position=config.max_position))
+    return to_house(config, open_source(config.model, config.tokenizer, meta, max_position=config.max_position))
 
 
 def import_megatron(config: ImportMegatron) -> dict:
-    expect(config, megatron)
     given = LlamaConfig.from_json(config.hf_config) if config.hf_config else None
-    return to_house(config, open_source(config.model, config.tokenizer, vocab_size=config.vocab_size, config=given))
+    return to_house(config, open_source(config.model, config.tokenizer, megatron, vocab_size=config.vocab_size, config=given))
 
 
 def import_llama2c(config: ImportLlama2c) -> dict:
-    expect(config, llama2c)
-    return to_house(config, open_source(config.model, config.tokenizer, tokenizer_bin=config.tokenizer_bin))
+    return to_house(config, open_source(config.model, config.tokenizer, llama2c, tokenizer_bin=config.tokenizer_bin))
 
 
 def import_gguf(config: Convert) -> dict:
-    expect(config, gguf_file)
-    return to_house(config, open_source(config.model, config.tokenizer))
+    return to_house(config, open_source(config.model, config.tokenizer, gguf_file))
 
 
 def export(config: Convert, door, **options) -> Weights:
@@ -408,22 +429,21 @@ def resize_vocab(config: ResizeVocab) -> dict:
 
 def inspect(config: Inspect) -> dict:
     """Print what a path holds. Raises UserError, after printing what could be read, if it would not load."""
-    path, door = config.path, door_of(config.path)
+    path, weights, strange, problem = config.path, None, {}, ""
     if not path.exists():
         raise UserError(f"{path} does not exist")
-    facts = {"path": str(path), "kind": door.KIND if door else "not recognised", "size on disk": human_bytes(size_on_disk(path))}
-    weights, strange, problem = None, {}, ""
+    facts = {"path": str(path), "kind": next((door.KIND for door in DOORS if door.recognises(path)), "not recognised"),
+             "size on disk": human_bytes(size_on_disk(path))}  # fmt: skip
     try:
         weights = open_source(path)
+        facts |= {"kind": weights.kind, **weights.facts, **described(weights)}
+        if config.values:
+            with progress_bar("reading", weights.nbytes) as bar:
+                for lazy in watched(weights, bar, strange).tensors.values():
+                    lazy.read()
+            facts["values"] = f"{len(strange)} tensors hold NaN or infinity" if strange else "all finite"
     except UserError as error:
         problem = str(error)
-    if weights:
-        facts |= {"kind": weights.kind, **weights.facts, **described(weights)}
-    if weights and config.values:
-        with progress_bar("reading", weights.nbytes) as bar:
-            for lazy in watched(weights, bar, strange).tensors.values():
-                lazy.read()
-        facts["values"] = f"{len(strange)} tensors hold NaN or infinity" if strange else "all finite"
     facts["would load"] = f"no: {problem}" if problem else "yes"
     odd = [*(weights.odd if weights else []), *(f"{name}: {count:,} values are NaN or infinite" for name, count in strange.items())]
     width = max(map(len, facts))

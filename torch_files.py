@@ -19,6 +19,7 @@ from __future__ import annotations
 from settings import UserError
 
 import argparse
+import functools
 import io
 import pickle
 import re
@@ -75,7 +76,7 @@ class TorchFile:
         if not self.path.is_file():
             raise UserError(f"{path} {'is a directory; a file is needed' if self.path.is_dir() else 'does not exist'}")
         with self.path.open("rb") as file:
-            self._mapped = file.read(2) == b"PK"  # a zip; files older than torch 1.6 are not: they are read whole
+            self._mapped = file.read(2) == b"PK"  # a zip; files older than torch 1.6 are not: they are read whole, one at a time
         if self._mapped and inert:
             try:
                 unknown = torch.serialization.get_unsafe_globals_in_checkpoint(self.path)
@@ -84,13 +85,16 @@ class TorchFile:
             wanted = [name for name in unknown if name in inert or name.startswith(tuple(n for n in inert if n.endswith(".")))]
             self._stand_ins += [(Inert, name) for name in wanted]
         self.content = self._load("meta")
-        self._whole = None if self._mapped else self._load("cpu")
+
+    def mapped(self):
+        """The structure with its tensors where they lie in the file: what is touched stays in memory as long as they do."""
+        return self._load("cpu") if self._mapped else _whole(self)
 
     def reader(self, *keys) -> Callable[[], Tensor]:
         """A function that reads content[keys[0]][keys[1]]…: a CPU tensor in memory of its own; the file is closed again."""
 
         def read() -> Tensor:
-            value = self._whole if self._whole is not None else self._load("cpu")
+            value = self.mapped()
             for key in keys:
                 value = value[key]
             return value.detach().clone()
@@ -111,6 +115,12 @@ class TorchFile:
     def _unreadable(self, error: Exception) -> UserError:
         text = " ".join(str(error).split())[:160]
         return UserError(f"{self.path} cannot be read ({text}); it may be truncated: copy or download it again")
+
+
+@functools.lru_cache(maxsize=1)
+def _whole(file: TorchFile):
+    """All of a file that cannot be mapped; of the last such file only."""
+    return file._load("cpu")
 
 
 class TorchFileWriter:

@@ -32,12 +32,14 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 SAFETENSORS_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
                       "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
                       "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}  # fmt: skip
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 COMPUTED = "rotary_emb.inv_freq"  # old tools stored the rotary frequencies; every reader computes them
 
 
 @dataclass(frozen=True)
 class Lazy:
-    """A tensor that is still where it lies. `read()` gives it whole, on the CPU or where it was, in memory of its own."""
+    """A tensor that is still where it lies: in a file, and then `read()` gives it whole on the CPU in memory of its own, so that
+    the file may go; or in a model that is being saved."""
 
     shape: torch.Size
     dtype: torch.dtype
@@ -101,10 +103,27 @@ def misfits(config: LlamaConfig, shapes: dict[str, torch.Size], says: str = "con
 def check_shapes(weights: Weights, where, says: str = "config.json") -> None:
     """Raises UserError that names the missing, unknown and misshapen tensors; puts the others in the model's order."""
     problems = misfits(weights.config, {name: lazy.shape for name, lazy in weights.tensors.items()}, says)
+    check_dtypes(weights.tensors, where)
     if problems:
         more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
         raise UserError(f"{where} does not fit its {says}: {'; '.join(problems[:5])}{more}")
     weights.tensors = {name: weights.tensors[name] for name in shapes_of(weights.config)}
+
+
+def check_dtypes(tensors: dict[str, Lazy], where) -> None:
+    """Raises UserError if a tensor does not hold floating-point numbers as they are: quantised ones mean nothing without scales."""
+    odd = [f"{name} ({str(lazy.dtype).removeprefix('torch.')})" for name, lazy in tensors.items() if lazy.dtype not in FLOATS]
+    if odd:
+        more = f" and {len(odd) - 3} more" if len(odd) > 3 else ""
+        raise UserError(f"{where} holds {', '.join(odd[:3])}{more}; weights are read as fp32, bf16, fp16 or fp64, so this model is "
+                        "quantised or of another kind: convert it where it comes from")  # fmt: skip
+
+
+def same_bits(one: Tensor, other: Tensor) -> bool:
+    """Equal shapes, dtypes and bytes: NaN equals NaN, and 0 is not -0."""
+    if (one.shape, one.dtype) != (other.shape, other.dtype):
+        return False
+    return torch.equal(*(tensor.contiguous().reshape(-1).view(torch.uint8) for tensor in (one, other)))
 
 
 def permute(weight: Tensor, heads: int) -> Tensor:
@@ -131,37 +150,43 @@ def weight_files(directory: Path) -> list[Path]:
         if (directory / single).exists():
             return [directory / single]
         if (directory / index).exists():
-            names = sorted(set(_weight_map(directory / index).values()))
+            names = sorted(set(weight_map(directory / index).values()))
             missing = [name for name in names if not (directory / name).exists()]
             if missing:
                 raise UserError(f"{directory / index} names {', '.join(missing)}, which {'is' if len(missing) == 1 else 'are'} missing")
             return [directory / name for name in names]
+        if shards := sorted(directory.glob(single.replace(".", "-*-of-*."))):
+            raise UserError(f"{directory} has {shards[0].name} and no {index}, which tells what is in which file; copy it there too")
     return []
 
 
-def _weight_map(index: Path) -> dict[str, str]:
-    weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+def weight_map(index: Path) -> dict[str, str]:
+    """Tensor name -> file name, of an index. Raises UserError if it is none."""
+    content = read_json(index)
+    found = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(found, dict) or not found or not all(isinstance(name, str) for name in found.values()):
         raise UserError(f"{index} has no weight_map")
-    return weight_map
+    return found
 
 
 def stored_tensors(directory: Path) -> dict[str, Lazy]:
     """name -> Lazy of everything in a directory's weight files. Raises UserError for damaged files and a wrong index."""
     tensors: dict[str, Lazy] = {}
     where: dict[str, str] = {}
-    for file in weight_files(directory):
+    files = weight_files(directory)
+    for file in files:
         for name, lazy in (_safetensors if file.suffix == ".safetensors" else _bin)(file).items():
             if name in tensors:
                 raise UserError(f"{directory}: {name} is in {where[name]} and in {file.name}; one of the two does not belong there")
             tensors[name], where[name] = lazy, file.name
-    for index in directory.glob("*.index.json"):
-        if where and set(_weight_map(index).values()) == set(where.values()):
-            wrong = [f"{name} is in {where.get(name, 'no file')} and not in {file}" for name, file in _weight_map(index).items()
-                     if where.get(name) != file]  # fmt: skip
-            if wrong:
-                more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
-                raise UserError(f"{index} is wrong: {'; '.join(wrong[:3])}{more}; copy it again with its weights")
+    single = files and files[0].name in ("model.safetensors", "pytorch_model.bin")
+    if files and not single:
+        index = directory / f"{'model' if files[0].suffix == '.safetensors' else 'pytorch_model'}{files[0].suffix}.index.json"
+        wrong = [f"{name} is in {where.get(name, 'no file')} and not in {file}" for name, file in weight_map(index).items()
+                 if where.get(name) != file]  # fmt: skip
+        if wrong:
+            more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+            raise UserError(f"{index} is wrong: {'; '.join(wrong[:3])}{more}; copy it again with its weights")
     return tensors
 
 
@@ -199,20 +224,24 @@ def _bin(file: Path) -> dict[str, Lazy]:
     content = torch_file.content
     if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
         raise UserError(f"{file} is no file of named tensors")
+    if strange := [name for name, value in content.items() if value.layout != torch.strided or value.is_quantized]:
+        raise UserError(f"{file} holds {', '.join(strange[:3])} in a sparse or quantised layout; save it dense where it comes from")
     return {name: Lazy(value.shape, value.dtype, torch_file.reader(name)) for name, value in content.items()}
 
 
-def open_weights(directory: Path, config: LlamaConfig | None = None) -> Weights:
-    """A Hugging Face directory, its weights still on disk. `config` replaces the directory's (with other RoPE scaling, say).
+def open_weights(directory: Path, tokenizer: Tokenizer | None = None) -> Weights:
+    """A Hugging Face directory, its weights still on disk. `tokenizer` replaces the directory's own.
 
     Raises UserError that names every missing, unknown and misshapen tensor.
     """
-    config = config or LlamaConfig.from_json(directory)
+    config = LlamaConfig.from_json(directory)
     tensors, odd = parameters_in(directory, config)
     own = any((directory / name).exists() for name in ("tokenizer.model", "tokenizer.json"))
     files = weight_files(directory)
     facts = {"files": f"{len(files)} {files[0].suffix}"}
-    return Weights(config, tensors, load_tokenizer(directory) if own else None, facts=facts, odd=odd)
+    if len(files) == 1 and (directory / f"{files[0].name}.index.json").exists():
+        odd = [*odd, f"{files[0].name} is read; the shards that its index names beside it are not"]
+    return Weights(config, tensors, tokenizer or (load_tokenizer(directory) if own else None), facts=facts, odd=odd)
 
 
 def parameters_in(directory: Path, config: LlamaConfig) -> tuple[dict[str, Lazy], list[str]]:

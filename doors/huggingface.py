@@ -15,7 +15,7 @@ KIND = "Hugging Face"
 
 
 def recognises(path: Path) -> bool:
-    return (path / "config.json").is_file()
+    return (path / "config.json").is_file() and any(any(path.glob(f"{stem}*")) for stem in ("model*.safetensors", "pytorch_model*.bin"))
 
 
 def problems(source: Weights, shard_bytes: int = SHARD_BYTES) -> list[str]:

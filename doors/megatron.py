@@ -55,7 +55,7 @@ from torch import Tensor
 from config import LlamaConfig
 from tokenizer import Tokenizer, load_tokenizer
 from torch_files import TorchFile, TorchFileWriter
-from weights import Lazy, Weights, shapes_of
+from weights import Lazy, Weights, same_bits, shapes_of
 
 KIND = "Megatron"
 TRACKER = "latest_checkpointed_iteration.txt"
@@ -328,7 +328,7 @@ class Checkpoint:
     def _check_complete(self, paths: dict[tuple[int, int], Path]) -> None:
         """Every rank has a file; of ranks that are missing at the end, the arguments tell."""
         found = tuple(max(place[axis] for place in paths) + 1 for axis in (0, 1))
-        told = tuple(self.args.get(f"{kind}_model_parallel_size") or 0 for kind in ("tensor", "pipeline"))
+        told = tuple(int(self.args.get(f"{kind}_model_parallel_size") or 0) for kind in ("tensor", "pipeline"))
         self.tp, self.pp = map(max, found, told)
         places = [(rank, stage) for stage in range(self.pp) for rank in range(self.tp)]
         missing = [f"{rank_folder(rank, stage, self.in_stages or self.pp > 1)}/{FILE_NAMES[0]}" for rank, stage in places
@@ -345,7 +345,7 @@ class Checkpoint:
         if version is None:
             self.odd.append("no checkpoint_version in the files: 3.0 is assumed")
         elif not isinstance(version, (int, float)) or version < 2:  # before, the rows of q, k and v were mixed in other ways
-            raise UserError(f"{self.where} has checkpoint_version {version}; 2.0 and later are read: save it again with a newer Megatron")
+            raise UserError(f"{self.where} has checkpoint_version {version!r}; 2.0 and later are read: save it again with a newer Megatron")
 
     def find_config(self, given: LlamaConfig | None, tokenizer: Tokenizer | None, vocab_size: int | None) -> LlamaConfig:
         """The architecture: the one that is given or that we stored ourselves, else from the arguments and the shapes."""
@@ -474,7 +474,7 @@ class Checkpoint:
             return [readers[0]()[: shapes[piece.ours[0]][0]]]
         if piece.how == "copy":
             tensor = readers[0]()
-            if any(not _same(read(), tensor) for read in readers[1:]):
+            if any(not same_bits(read(), tensor) for read in readers[1:]):
                 self._remark_difference(piece.ours[0])
             return [tensor]
         wholes = [torch.empty(shapes[name], dtype=run.tensor(piece.mcore).dtype) for name in piece.ours]
@@ -501,7 +501,7 @@ class Checkpoint:
             tensor, rows = embedding.read(), self.padded // self.tp
             for rank, read_copy in enumerate(run.readers(HEAD)):
                 mine = tensor[rank * rows : (rank + 1) * rows]
-                if not _same(read_copy()[: len(mine)], mine):
+                if not same_bits(read_copy()[: len(mine)], mine):
                     raise UserError(f"{self.folder}: the embedding in the first stage and its copy in the last one differ (tensor-parallel "
                                     f"rank {rank}): the model is not tied; give a config that says so (--hf-config DIR)")  # fmt: skip
             return tensor
@@ -509,22 +509,18 @@ class Checkpoint:
         return Lazy(embedding.shape, embedding.dtype, read)
 
 
-def _same(one: Tensor, other: Tensor) -> bool:
-    """The same bits (a NaN equals itself)."""
-    return torch.equal(one.contiguous().view(torch.uint8), other.contiguous().view(torch.uint8))
-
-
 def _plain(args) -> dict:
     """The arguments as a dictionary, from whatever object holds them."""
     if isinstance(args, Mapping):
         return dict(args)
-    return {} if args is None else dict(vars(args))
+    return dict(getattr(args, "__dict__", {}))
 
 
 def _leaves(node, keys: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], object]]:
     if isinstance(node, Mapping):
         for key, value in node.items():
-            yield from _leaves(value, (*keys, key))
+            if isinstance(key, str):
+                yield from _leaves(value, (*keys, key))
     else:
         yield keys, node
 

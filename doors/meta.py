@@ -44,7 +44,7 @@ from doors import tiktoken_file
 from files import write_json
 from tokenizer import Tokenizer, load_tokenizer
 from torch_files import TorchFile, TorchFileWriter
-from weights import Lazy, Weights, check_shapes, permute, shapes_of, unpermute
+from weights import Lazy, Weights, check_shapes, permute, same_bits, shapes_of, unpermute
 
 KIND = "Meta"
 SPLITS = ("auto", "width", "vocabulary")
@@ -220,16 +220,18 @@ class Shard(TorchFile):
 
     def __init__(self, path: Path):
         super().__init__(path)
-        if not isinstance(self.content, dict) or not all(isinstance(value, Tensor) for value in self.content.values()):
+        if not isinstance(self.content, dict) or not all(
+            isinstance(name, str) and isinstance(value, Tensor) for name, value in self.content.items()):
             raise UserError(f"{path} is no file of named tensors, as Meta's are")
-
-    def mapped(self) -> dict[str, Tensor]:
-        """The tensors where they lie in the file, to be copied from at once: what was touched stays in memory as long as they do."""
-        return self._whole or self._load("cpu")
 
 
 def _shards(path: Path) -> list[Shard]:
-    found = {int(file.suffixes[0][1:]): file for file in path.glob("consolidated.*.pth") if file.suffixes[0][1:].isdigit()}
+    found: dict[int, Path] = {}
+    for file in sorted(path.glob("consolidated.*.pth")):
+        if (number := file.suffixes[0][1:]).isascii() and number.isdigit():
+            if int(number) in found:
+                raise UserError(f"{path} has {found[int(number)].name} and {file.name}, two files of one shard; move one away")
+            found[int(number)] = file
     missing = [f"consolidated.{i:02d}.pth" for i in range(max(found, default=0) + 1) if i not in found]
     if missing:
         raise UserError(f"{path}: {', '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing; copy the checkpoint again")
@@ -295,15 +297,10 @@ class Joined:
                 place = place[:, part.columns] if place.ndim == 2 else place
                 if part not in self.copies:
                     place.copy_(stored)
-                elif not torch.equal(_bits(stored), _bits(place)):
+                elif not same_bits(stored, place):
                     raise UserError(f"{part.shard.path}: {self.name} is not what the shard before has; by params.json's n_kv_heads, "
                                     "fewer than the shards, they share a head")  # fmt: skip
         return whole
-
-
-def _bits(tensor: Tensor) -> Tensor:
-    """For a comparison in which NaN equals NaN, and 0 is not -0."""
-    return tensor.contiguous().view(torch.uint8)
 
 
 def _joined(shards: list[Shard], name: str, axis: int | None, repeats: int = 1) -> Joined:
@@ -339,8 +336,8 @@ def _equal(one: Joined, other: Joined) -> bool:
     if (one.shape, one.dtype) != (other.shape, other.dtype):
         return False
     step = max(1, PIECE // (one.shape[1] * one.dtype.itemsize))
-    return all(torch.equal(_bits(one.rows(at, min(at + step, one.shape[0]))), _bits(other.rows(at, min(at + step, one.shape[0]))))
-               for at in range(0, one.shape[0], step))  # fmt: skip
+    stops = [(at, min(at + step, one.shape[0])) for at in range(0, one.shape[0], step)]
+    return all(same_bits(one.rows(*stop), other.rows(*stop)) for stop in stops)
 
 
 def _tensors(shards: list[Shard], config: LlamaConfig, axis: int) -> dict[str, Lazy]:
@@ -378,7 +375,7 @@ def _different_norms(shards: list[Shard], config: LlamaConfig) -> list[str]:
     first, odd = {name: shards[0].mapped()[name].clone() for name in names} if len(shards) > 1 else {}, []
     for shard in shards[1:]:
         tensors = shard.mapped()
-        if different := [name for name in names if not torch.equal(_bits(tensors[name]), _bits(first[name]))]:
+        if different := [name for name in names if not same_bits(tensors[name], first[name])]:
             more = f" and {len(different) - 3} more" if len(different) > 3 else ""
             odd.append(f"{', '.join(different[:3])}{more} differ between {shards[0].path.name}, which counts, and {shard.path.name}")
     return odd
@@ -454,8 +451,8 @@ def problems(source: Weights, shards: int = 1, split: str = "auto") -> list[str]
 def _looks_tied(source: Weights) -> bool:
     """Whether the output is a copy of the embeddings, bit for bit. A row tells mostly, and spares holding both in memory."""
     embedding, output = source.tensors["model.embed_tokens.weight"], source.tensors["lm_head.weight"]
-    first, other = (_bits(lazy.read()[:1].clone()) for lazy in (embedding, output))
-    return torch.equal(first, other) and torch.equal(_bits(embedding.read()), _bits(output.read()))
+    first, other = (lazy.read()[:1].clone() for lazy in (embedding, output))
+    return same_bits(first, other) and same_bits(embedding.read(), output.read())
 
 
 def remarks(source: Weights, shards: int = 1, split: str = "auto") -> list[str]:

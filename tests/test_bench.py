@@ -234,3 +234,15 @@ def test_the_program(small, tmp_path):
     assert "cria : transformers = speed" in done.stdout and "tied" in done.stdout
     again = subprocess.run(command, capture_output=True, env=environment, timeout=60)
     assert again.returncode == 2 and again.stderr.startswith(b"error: --out") and again.stderr.count(b"\n") == 1
+
+
+@pytest.mark.slow
+def test_conversions_are_measured(tmp_path, capsys):
+    config = bench.ConvertConfig(model="tiny", conversions=("meta", "from-meta"), folder=tmp_path / "files", markdown=True)
+    assert config.problems() == []
+    summary = bench.convert(config)
+    assert 0.005 < summary["meta"]["gb"] < 0.007 and 0.1 < summary["from-meta"]["peak_gb"] < 4 and not (tmp_path / "files").exists()
+    assert "| import-meta " in capsys.readouterr().out
+    wrong = dataclasses.replace(config, conversions=("from-meta", "nothing"))
+    assert "nothing is unknown" in wrong.problems()[0]
+    assert "from-meta starts from meta: name that before it" in dataclasses.replace(config, conversions=("from-meta",)).problems()[0]

@@ -6,9 +6,11 @@ from settings import UserError
 
 import dataclasses
 import hashlib
+import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from collections import namedtuple
@@ -19,10 +21,12 @@ import torch
 from tokenizers_at_hand import REPO
 
 import convert as cv
-from checkpoint import load_model, save_model
+from checkpoint import load_model, save_model, save_state
 from config import LlamaConfig
 from doors import huggingface, llama2c, megatron, meta
 from model import Llama
+from parallel import make_parallel
+from runtime import Machine, MachineConfig
 from tokenizer import ExtendConfig, extend_from, load_tokenizer
 from weights import Lazy, open_weights
 
@@ -239,10 +243,94 @@ def test_inspect_says_why_something_would_not_load(tmp_path, tokenizer_dir, caps
         cv.inspect(cv.Inspect(path=tmp_path / "nowhere"))
 
 
-def test_a_run_is_its_newest_step_and_one_of_its_steps_can_be_named(tmp_path, tokenizer_dir):
-    model = saved(tmp_path, tokenizer_dir)
-    assert cv.open_source(model).tensors.keys() == open_weights(model).tensors.keys()
-    assert cv.door_of(model) is huggingface and cv.door_of(tmp_path / "nothing") is None
+def run_with_steps(tmp_path, tokenizer_dir) -> tuple[Path, list[Llama]]:
+    """A run directory with two steps, and their models."""
+    tokenizer, models = load_tokenizer(tokenizer_dir), []
+    (tmp_path / "run").mkdir()
+    for step in (1, 2):
+        torch.manual_seed(step)
+        machine_config = MachineConfig(device="cpu", dtype="fp32")
+        parallel = make_parallel(Machine(machine_config), machine_config)
+        model = Llama(GQA)
+        parallel.wrap(model, torch.optim.AdamW(model.parameters()), clip=1.0, micro_batch=1, micro_batches=1)
+        save_state(tmp_path / "run", parallel=parallel, tokenizer=tokenizer, state={"stage": "pretrain", "step": step})
+        models.append(model)
+    return tmp_path / "run", models
+
+
+def test_a_run_is_its_newest_intact_step_and_one_of_its_steps_can_be_named(tmp_path, tokenizer_dir, capsys):
+    run, models = run_with_steps(tmp_path, tokenizer_dir)
+    for path, model in ((run, models[1]), (run / "step-000001", models[0])):
+        assert cv.located(path)[1] is huggingface
+        read = cv.open_source(path).tensors
+        assert all(torch.equal(read[name].read(), parameter) for name, parameter in model.named_parameters())
+        for bring, config in ((cv.import_meta, cv.ImportMeta), (cv.import_megatron, cv.ImportMegatron), (cv.import_gguf, cv.Convert),
+                              (cv.import_llama2c, cv.ImportLlama2c)):  # fmt: skip
+            with pytest.raises(UserError, match=r"--model .* is of the kind Hugging Face, not"):
+                bring(config(model=path, out=tmp_path / "out"))
+    (run / "step-000002" / "model.safetensors").write_bytes(b"x")
+    read = cv.open_source(run).tensors
+    assert torch.equal(read["lm_head.weight"].read(), models[0].lm_head.weight)
+    (run / "step-000001" / "model.safetensors").write_bytes(b"x")
+    with pytest.raises(UserError, match=r"run has 2 checkpoints and none is intact|no complete step"):
+        cv.open_source(run)
+
+
+def test_a_given_tokenizer_replaces_a_broken_one_and_the_ids_in_the_config(tmp_path, tokenizer_dir, capsys):
+    model = saved(tmp_path, tokenizer_dir, SHAPES["odd vocabulary"])
+    (model / "tokenizer.model").write_bytes(b"junk")
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"bos_token_id": 7, "eos_token_id": 8}))
+    with pytest.raises(UserError, match="not a sentencepiece model"):
+        cv.export_meta(cv.ExportMeta(model=model, out=tmp_path / "out"))
+    cv.export_megatron(cv.ExportMegatron(model=model, out=tmp_path / "out", tokenizer=tokenizer_dir))
+    cv.import_megatron(cv.ImportMegatron(model=tmp_path / "out", out=tmp_path / "back"))
+    given, ids = load_tokenizer(tokenizer_dir), json.loads((tmp_path / "back" / "config.json").read_text())
+    assert (ids["bos_token_id"], ids["eos_token_id"]) == (given.bos_id, given.eos_id)
+    assert "the embedding has 403 rows and the tokenizer 400 entries" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn, torch.complex64])
+def test_weights_that_are_no_plain_numbers_are_refused(tmp_path, dtype):
+    state = dict(Llama(GQA).state_dict())
+    state["model.norm.weight"] = state["model.norm.weight"].to(dtype)
+    GQA.to_json(tmp_path / "config.json")
+    torch.save(state, tmp_path / "pytorch_model.bin")
+    with pytest.raises(UserError, match=rf"holds model\.norm\.weight \({str(dtype).removeprefix('torch.')}\); weights are read as fp32"):
+        cv.inspect(cv.Inspect(path=tmp_path))
+
+
+def test_what_a_killed_conversion_left_is_in_nobodys_way(tmp_path, tokenizer_dir, monkeypatch):
+    model, partial = saved(tmp_path, tokenizer_dir), tmp_path / ".out.partial"
+    partial.mkdir()
+    (partial / "consolidated.00.pth").write_bytes(bytes(30_000_000))
+    needed = meta.size(open_weights(model))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: namedtuple("usage", "free")(free=needed))
+    cv.export_meta(cv.ExportMeta(model=model, out=tmp_path / "out"))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "out"]
+
+
+def test_sigterm_leaves_nothing(tmp_path, tokenizer_dir, monkeypatch):
+    model, write = saved(tmp_path, tokenizer_dir), meta.write
+
+    def terminated(source, out, **options):
+        write(source, out, **options)
+        os.kill(os.getpid(), signal.SIGTERM)
+        signal.pause()
+
+    monkeypatch.setattr(meta, "write", terminated)
+    with pytest.raises(KeyboardInterrupt):
+        cv.export_meta(cv.ExportMeta(model=model, out=tmp_path / "out"))
+    assert nothing_left(tmp_path) and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+@pytest.mark.parametrize("out", [".", "/", "model/config.json/x", "dangling"])
+def test_places_where_nothing_can_be_written(tmp_path, tokenizer_dir, monkeypatch, out):
+    saved(tmp_path, tokenizer_dir)
+    (tmp_path / "dangling").symlink_to("nowhere")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"--out .* (exists already|is not a directory)"):
+        cv.export_meta(cv.ExportMeta(model=Path("model"), out=Path(out)))
 
 
 # ---- resize-vocab -----------------------------------------------------------------------------------------------------

@@ -75,6 +75,24 @@ def test_bin_shards_with_their_index_and_old_frequencies_are_read(tmp_path):
         open_weights(tmp_path)
 
 
+def test_indexes_and_shards_that_do_not_go_together(tmp_path):
+    save_model(Llama(SMALL), tmp_path, shard_bytes=30_000)
+    (tmp_path / "other.index.json").write_text("[1]")  # nobody's business
+    open_weights(tmp_path)
+    index = tmp_path / "model.safetensors.index.json"
+    text = index.read_text()
+    for content in ("[]", '{"weight_map": {}}', '{"weight_map": {"a": 1}}'):
+        index.write_text(content)
+        with pytest.raises(UserError, match=r"index\.json has no weight_map"):
+            open_weights(tmp_path)
+    index.unlink()
+    with pytest.raises(UserError, match=r"model-00001-of-0000.\.safetensors and no model\.safetensors\.index\.json"):
+        open_weights(tmp_path)
+    index.write_text(text)
+    save_file(dict(Llama(SMALL).state_dict()), tmp_path / "model.safetensors")
+    assert "the shards that its index names beside it are not" in open_weights(tmp_path).odd[0]
+
+
 def test_a_name_in_two_files_is_refused(tmp_path):
     save_model(Llama(SMALL), tmp_path, shard_bytes=30_000)
     first, second = sorted(tmp_path.glob("model-*.safetensors"))[:2]
