@@ -22,6 +22,8 @@ the final norm and the head. Tensor parallelism cuts each tensor in its own way:
     | norm                     | decoder.final_layernorm      | encoder.final_norm              | all of it                       |
     | lm_head                  | output_layer                 | the same                        | rows r of the padded vocabulary |
 
+(megatron_layout.py; megatron_arguments.py has what the arguments say.)
+
 Traps. Queries, keys and values are fused by group, not by kind: for every key/value head its H/K query heads, then its key head,
 then its value head; so TP must divide K. Gate and up are each cut before they are put together. The vocabulary is padded to a
 multiple of TP (times a divisor) by repeating the last row, and only the arguments or the tokenizer tell how many rows are real.
@@ -46,13 +48,25 @@ import dataclasses
 import functools
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from config import LlamaConfig
+from doors.megatron_arguments import NUMBERS, arguments, as_dict, rope_problems, rope_scaling, strangeness
+from doors.megatron_layout import (
+    EMBEDDING,
+    HEAD,
+    Piece,
+    canonical,
+    cut,
+    indivisible,
+    padded_vocabulary,
+    parts,
+    pieces,
+    shard_shape,
+)
 from tokenizer import Tokenizer, load_tokenizer
 from torch_files import TorchFile, TorchFileWriter
 from weights import Lazy, Weights, same_bits, shapes_of
@@ -60,122 +74,10 @@ from weights import Lazy, Weights, same_bits, shapes_of
 KIND = "Megatron"
 TRACKER = "latest_checkpointed_iteration.txt"
 NOT_WEIGHTS = ("optimizer", "opt_param_scheduler", "lr_scheduler", "rng_state", "rerun_state_machine")
-NUMBERS = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "num_layers", "hidden_size", "ffn_hidden_size", "vocab_size",
-           "true_vocab_size", "num_attention_heads", "num_query_groups", "kv_channels", "norm_epsilon", "layernorm_epsilon", "rotary_base",
-           "max_position_embeddings", "seq_length", "rope_scaling_factor", "rotary_seq_len_interpolation_factor")  # fmt: skip
 FILE_NAMES = ("model_optim_rng.pt", "model_rng.pt")  # the second: older, with a distributed optimizer
 # Settings, random states and transformer-engine's extra states are objects of these; they are not looked into.
 INERT = ("megatron.", "mindspeed.", "mindspeed_llm.", "modellink.", "ascendspeed.", "transformer_engine.", "numpy.",
          "types.SimpleNamespace", "pathlib.PosixPath", "signal.Signals", "_io.BytesIO")  # fmt: skip
-
-# ----------------------------------------------------------------------------------------------------------------------
-# What lies where
-
-LAYER = (  # Megatron-core's name, the legacy one, ours (after model.layers.N.), how it is cut
-    ("input_layernorm.weight", "input_norm.weight", ("input_layernorm.weight",), "copy"),
-    ("self_attention.linear_qkv.weight", "self_attention.query_key_value.weight",
-     ("self_attn.q_proj.weight", "self_attn.k_proj.weight", "self_attn.v_proj.weight"), "groups"),
-    ("self_attention.linear_qkv.bias", "self_attention.query_key_value.bias",
-     ("self_attn.q_proj.bias", "self_attn.k_proj.bias", "self_attn.v_proj.bias"), "groups"),
-    ("self_attention.linear_proj.weight", "self_attention.dense.weight", ("self_attn.o_proj.weight",), "columns"),
-    ("self_attention.linear_proj.bias", "self_attention.dense.bias", ("self_attn.o_proj.bias",), "copy"),
-    ("pre_mlp_layernorm.weight", "post_attention_norm.weight", ("post_attention_layernorm.weight",), "copy"),
-    ("mlp.linear_fc1.weight", "mlp.dense_h_to_4h.weight", ("mlp.gate_proj.weight", "mlp.up_proj.weight"), "halves"),
-    ("mlp.linear_fc1.bias", "mlp.dense_h_to_4h.bias", ("mlp.gate_proj.bias", "mlp.up_proj.bias"), "halves"),
-    ("mlp.linear_fc2.weight", "mlp.dense_4h_to_h.weight", ("mlp.down_proj.weight",), "columns"),
-    ("mlp.linear_fc2.bias", "mlp.dense_4h_to_h.bias", ("mlp.down_proj.bias",), "copy"),
-)  # fmt: skip
-EMBEDDING, FINAL_NORM, HEAD = "embedding.word_embeddings.weight", "decoder.final_layernorm.weight", "output_layer.weight"
-SPELLINGS = {legacy: mcore for mcore, legacy, _, _ in LAYER} | {
-    "input_layernorm.weight": "input_layernorm.weight",  # legacy before 2023, and mcore
-    "post_attention_layernorm.weight": "pre_mlp_layernorm.weight",
-    "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",  # transformer-engine fuses each norm with what follows
-    "mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm.weight",
-}
-
-
-@dataclass(frozen=True)
-class Piece:
-    """One tensor of a rank's file: its Megatron-core name, where legacy files have it, the tensors of ours that it holds."""
-
-    mcore: str
-    legacy: tuple[str, ...]
-    ours: tuple[str, ...]
-    how: str  # copy, rows (of the padded vocabulary), columns, groups (of q, k, v), halves (gate, up)
-
-    def keys(self, names: str) -> tuple[str, ...]:
-        """The way to it within the file's "model"."""
-        return self.legacy if names == "legacy" else (self.mcore,)
-
-
-def pieces(config: LlamaConfig, layers: range, first: bool, last: bool) -> list[Piece]:
-    """What a stage (or virtual stage) with these layers holds, in order. `first` has the embedding, `last` the head."""
-    embedding = ("language_model", "embedding", "word_embeddings", "weight")
-    found = [Piece(EMBEDDING, embedding, ("model.embed_tokens.weight",), "rows")] * first
-    for local, layer in enumerate(layers):
-        for mcore, legacy, ours, how in LAYER:
-            if mcore.endswith("bias") and not (config.mlp_bias if mcore.startswith("mlp") else config.attention_bias):
-                continue
-            keys = ("language_model", "encoder", f"layers.{local}.{legacy}")
-            found.append(Piece(f"decoder.layers.{local}.{mcore}", keys, tuple(f"model.layers.{layer}.{name}" for name in ours), how))
-    if last:
-        found.append(Piece(FINAL_NORM, ("language_model", "encoder", "final_norm.weight"), ("model.norm.weight",), "copy"))
-        if not config.tie_word_embeddings:
-            found.append(Piece(HEAD, ("language_model", "output_layer", "weight"), ("lm_head.weight",), "rows"))
-        elif not first:
-            found.append(Piece(HEAD, ("word_embeddings_for_head", "weight"), ("model.embed_tokens.weight",), "rows"))
-    return found
-
-
-def shard_shape(piece: Piece, shapes: dict[str, torch.Size], tp: int, padded: int) -> torch.Size:
-    """Of each of `tp` ranks. shapes: of our whole tensors; padded: rows of the padded vocabulary."""
-    shape = shapes[piece.ours[0]]
-    if piece.how == "copy":
-        return shape
-    if piece.how == "columns":
-        return torch.Size((shape[0], shape[1] // tp))
-    rows = padded if piece.how == "rows" else sum(shapes[name][0] for name in piece.ours)
-    return torch.Size((rows // tp, *shape[1:]))
-
-
-def cut(piece: Piece, tensors: list[Tensor], config: LlamaConfig, tp: int, padded: int) -> Iterator[Tensor]:
-    """The shards of ranks 0 … tp - 1, of our whole tensors (those that `piece` names)."""
-    first = tensors[0]
-    for rank in range(tp):
-        if piece.how == "copy":
-            yield first
-        elif piece.how == "columns":
-            yield first.chunk(tp, dim=1)[rank]
-        elif piece.how == "rows":
-            mine = first[rank * padded // tp : (rank + 1) * padded // tp]
-            lacking = padded // tp - len(mine)
-            yield torch.cat((mine, first[-1:].expand(lacking, -1))) if lacking else mine
-        elif piece.how == "halves":
-            yield torch.cat([tensor.chunk(tp)[rank] for tensor in tensors])
-        else:  # [K, rows of a group, …] of q, k and v; this rank's groups of each
-            groups = [tensor.unflatten(0, (config.num_key_value_heads, -1)).chunk(tp)[rank] for tensor in tensors]
-            yield torch.cat(groups, dim=1).flatten(0, 1)
-
-
-def parts(piece: Piece, shard: Tensor, config: LlamaConfig, tp: int) -> tuple[Tensor, ...]:
-    """The opposite: what a shard holds of each of our tensors, to be put behind what the ranks before it hold."""
-    if piece.how == "halves":
-        return shard.chunk(2)
-    if piece.how == "groups":  # [groups, query heads and key and value, hd, …]
-        heads = shard.unflatten(0, (config.num_key_value_heads // tp, -1, config.head_dim))
-        return heads[:, :-2].flatten(0, 2), heads[:, -2].flatten(0, 1), heads[:, -1].flatten(0, 1)
-    return (shard,)
-
-
-def _indivisible(config: LlamaConfig, tp: int) -> list[str]:
-    return [f"tensor parallel {tp} does not divide the {count} {what}" for count, what in (
-            (config.num_attention_heads, "attention heads"), (config.num_key_value_heads, "key/value heads"),
-            (config.intermediate_size, "rows of gate and up (intermediate_size)")) if count % tp]  # fmt: skip
-
-
-def padded_vocabulary(vocab_size: int, tp: int, vocab_divisor: int = 1) -> int:
-    return -(-vocab_size // (tp * vocab_divisor)) * tp * vocab_divisor
-
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Reading
@@ -250,7 +152,7 @@ class Run:
         """Megatron-core name -> the way to each tensor within the file, however the file spells it."""
         if not isinstance(file.content, dict) or not isinstance(file.content.get(self.key), Mapping):
             raise UserError(f'{file.path} has no "{self.key}", where Megatron keeps the weights')
-        return {_canonical(".".join(keys)): (self.key, *keys) for keys, value in _leaves(file.content[self.key])
+        return {canonical(".".join(keys)): (self.key, *keys) for keys, value in _leaves(file.content[self.key])
                 if isinstance(value, Tensor) and not keys[-1].endswith(("_extra_state", "inv_freq"))}  # fmt: skip
 
     def __contains__(self, mcore: str) -> bool:
@@ -296,7 +198,7 @@ class Checkpoint:
         some = min(paths)
         opened = {some: TorchFile(paths[some], INERT)} if paths[some].is_file() else {}
         content = opened[some].content if opened and isinstance(opened[some].content, dict) else {}
-        self.where, self.args = paths[some], _plain(content.get("args"))
+        self.where, self.args = paths[some], as_dict(content.get("args"))
         if wrong := [name for name in NUMBERS if not isinstance(self.args.get(name, 0) or 0, (int, float))]:
             raise UserError(f"{self.where}: among the arguments, {', '.join(f'{name} {self.args[name]!r}' for name in wrong)} is no number")
         self._check_complete(paths)
@@ -349,7 +251,7 @@ class Checkpoint:
 
     def find_config(self, given: LlamaConfig | None, tokenizer: Tokenizer | None, vocab_size: int | None) -> LlamaConfig:
         """The architecture: the one that is given or that we stored ourselves, else from the arguments and the shapes."""
-        if strange := _strangeness(self.args, rope=given is None):
+        if strange := strangeness(self.args, rope=given is None):
             raise UserError(f"{self.where} is no Llama as Cria knows it: its arguments say {'; '.join(strange)}")
         embedding = self.runs[0].shape(EMBEDDING)
         if embedding is None or len(embedding) != 2:
@@ -362,8 +264,8 @@ class Checkpoint:
             config = dataclasses.replace(known, vocab_size=vocab) if known else LlamaConfig(**self._values(vocab, embedding[1], tokenizer))
         except UserError as error:
             raise UserError(f"{self.where}: the arguments describe no Llama: {error}") from None
-        if indivisible := _indivisible(config, self.tp):
-            raise UserError(f"{self.folder}: {'; '.join(indivisible)}")
+        if wrong := indivisible(config, self.tp):
+            raise UserError(f"{self.folder}: {'; '.join(wrong)}")
         counts = [run.layers for run in self.runs]
         if sum(counts) != config.num_hidden_layers:
             raise UserError(f"{self.folder} holds {sum(counts)} layers ({', '.join(map(str, counts))} by stage); there should be "
@@ -414,7 +316,7 @@ class Checkpoint:
             vocab_size=vocab, hidden_size=hidden, intermediate_size=args.get("ffn_hidden_size") or (down[1] * self.tp if down else 0),
             num_hidden_layers=args.get("num_layers") or sum(run.layers for run in self.runs), num_attention_heads=heads,
             num_key_value_heads=groups, head_dim=head_dim, max_position_embeddings=told["max_position_embeddings"],
-            rms_norm_eps=told["norm_epsilon"], rope_theta=float(told["rotary_base"]), rope_scaling=_rope_scaling(args),
+            rms_norm_eps=told["norm_epsilon"], rope_theta=float(told["rotary_base"]), rope_scaling=rope_scaling(args),
             tie_word_embeddings=not untied, attention_bias="decoder.layers.0.self_attention.linear_qkv.bias" in run,
             mlp_bias="decoder.layers.0.mlp.linear_fc1.bias" in run, **(ids or {}),
         )  # fmt: skip
@@ -509,13 +411,6 @@ class Checkpoint:
         return Lazy(embedding.shape, embedding.dtype, read)
 
 
-def _plain(args) -> dict:
-    """The arguments as a dictionary, from whatever object holds them."""
-    if isinstance(args, Mapping):
-        return dict(args)
-    return dict(getattr(args, "__dict__", {}))
-
-
 def _leaves(node, keys: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], object]]:
     if isinstance(node, Mapping):
         for key, value in node.items():
@@ -523,92 +418,6 @@ def _leaves(node, keys: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...],
                 yield from _leaves(value, (*keys, key))
     else:
         yield keys, node
-
-
-def _canonical(name: str) -> str:
-    """The Megatron-core name of a tensor: for legacy ones, older ones, and those of models saved inside wrappers."""
-    name = re.sub(r"^((module|model)\.)+", "", name).removeprefix("language_model.")
-    name = re.sub(r"^(encoder|transformer)\.", "decoder.", name)
-    if match := re.fullmatch(r"decoder\.layers\.(\d+)\.(.+)", name):
-        rest = re.sub(r"^attention\.", "self_attention.", match[2])
-        return f"decoder.layers.{match[1]}.{SPELLINGS.get(rest, rest)}"
-    return {"decoder.final_norm.weight": FINAL_NORM, "word_embeddings_for_head.weight": HEAD}.get(name, name)
-
-
-def _strangeness(args: dict, rope: bool) -> list[str]:
-    """What the arguments say that is not Llama's. `rope`: they also have to tell how positions are scaled."""
-    llama = {"normalization": "RMSNorm", "swiglu": True, "rotary_percent": 1.0, "rotary_interleaved": False, "num_experts": None,
-             "qk_layernorm": False, "multi_latent_attention": False, "multi_head_latent_attention": False, "apply_layernorm_1p": False,
-             "post_norm": False, "use_glm_rope": False, "noop_layers": None, "add_output_layer_bias": False,
-             "embed_layernorm": False, "mtp_num_layers": None}  # fmt: skip
-    found = [f"{name} {args[name]!r}" for name, value in llama.items()
-             if args.get(name) is not None and args[name] != value and (args[name] or value)]  # fmt: skip
-    if args.get("position_embedding_type", "rope") != "rope" and not args.get("use_rotary_position_embeddings"):
-        found.append(f"position_embedding_type {args['position_embedding_type']!r}")
-    if rope and args.get("rope_scaling_type") not in (None, "llama3", "yarn"):
-        found.append(f"rope_scaling_type {args['rope_scaling_type']!r}")
-    if rope and (args.get("dynamic_factor") or 1) != 1:
-        found.append(f"dynamic_factor {args['dynamic_factor']!r}")
-    return found
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Scaling of positions: Megatron-LM's arguments know linear and one llama3 scaling, ModelLink's llama3 and YaRN
-
-
-def _rope_scaling(args: dict) -> dict | None:
-    """config.json's rope_scaling, from the arguments of either project."""
-    kind, length = args.get("rope_scaling_type"), "original_max_position_embeddings"
-    told = {"rope_type": kind, "factor": args.get("rope_scaling_factor")}
-    if kind == "llama3":
-        told |= {name: args.get(name) for name in ("low_freq_factor", "high_freq_factor", length)}
-    elif kind == "yarn":
-        told |= {name: args.get(name, args.get(f"rope_scaling_{name}")) for name in ("beta_fast", "beta_slow")}
-        told |= {name: args.get(f"rope_scaling_{name}") for name in ("mscale", "mscale_all_dim", length)}
-        if not told["mscale_all_dim"] and told["mscale"] in (None, 1):  # ModelLink's way to say what Hugging Face does without them
-            del told["mscale"], told["mscale_all_dim"]
-    elif args.get("use_rope_scaling"):
-        told |= {"rope_type": "llama3", "factor": told["factor"] or 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, length: 8192}
-    elif args.get("rotary_seq_len_interpolation_factor"):
-        told = {"rope_type": "linear", "factor": args["rotary_seq_len_interpolation_factor"]}
-    else:
-        return None
-    return {name: value for name, value in told.items() if value is not None}
-
-
-def _rope_arguments(config: LlamaConfig) -> dict:
-    """The opposite of _rope_scaling, for what `problems` lets through."""
-    rope = config.rope_scaling or {"rope_type": "default"}
-    base = int(config.rope_theta) if config.rope_theta == int(config.rope_theta) else config.rope_theta
-    told = {"rotary_base": base}
-    if rope["rope_type"] == "linear":
-        return told | {"rotary_seq_len_interpolation_factor": int(rope["factor"])}
-    if rope["rope_type"] == "llama3":
-        names = ("low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-        told |= {"rope_scaling_type": "llama3", "rope_scaling_factor": rope["factor"], **{name: rope[name] for name in names}}
-        return told | {"use_rope_scaling": [rope[name] for name in names] == [1, 4, 8192]}
-    if rope["rope_type"] == "yarn":
-        told |= {"rope_scaling_type": "yarn", "rope_scaling_factor": rope["factor"],
-                 "rope_scaling_original_max_position_embeddings": rope["original_max_position_embeddings"]}  # fmt: skip
-        fast, slow = rope.get("beta_fast") or 32, rope.get("beta_slow") or 1
-        both = rope.get("mscale") and rope.get("mscale_all_dim")
-        told |= {"beta_fast": fast, "beta_slow": slow, "rope_scaling_beta_fast": fast, "rope_scaling_beta_slow": slow}
-        return told | {"rope_scaling_mscale": rope["mscale"] if both else 1.0,
-                       "rope_scaling_mscale_all_dim": rope["mscale_all_dim"] if both else 0.0}  # fmt: skip
-    return told
-
-
-def _rope_problems(config: LlamaConfig) -> list[str]:
-    rope = config.rope_scaling or {"rope_type": "default"}
-    if rope["rope_type"] == "dynamic":
-        return ["dynamic NTK scaling: ModelLink's dynamic_factor stretches for one fixed length, not for each text's; set rope_scaling to "
-                "null in config.json if the model is trained further without it"]  # fmt: skip
-    if rope["rope_type"] == "linear" and rope["factor"] != int(rope["factor"]):
-        return [f"linear RoPE scaling by {rope['factor']}: Megatron's rotary_seq_len_interpolation_factor is a whole number"]
-    if rope["rope_type"] == "yarn":
-        return [f"YaRN with {key} {rope[key]!r}: ModelLink has no argument for it" for key, usual in
-                (("attention_factor", None), ("truncate", True)) if rope.get(key, usual) != usual]  # fmt: skip
-    return []
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -625,7 +434,7 @@ def problems(source: Weights, tp: int = 1, pp: int = 1, layers: tuple[int, ...] 
         found.append(f"--names is legacy or mcore, not {names!r}")
     if found:
         return found
-    found += _indivisible(config, tp)
+    found += indivisible(config, tp)
     if layers is not None and (len(layers) != pp or sum(layers) != total or min(layers, default=0) < 1):
         found.append(f"--layers {','.join(map(str, layers))} is {len(layers)} stages and {sum(layers)} layers; --pp is {pp} and the model "
                      f"has {total} layers, at least 1 for each stage")  # fmt: skip
@@ -640,7 +449,7 @@ def problems(source: Weights, tp: int = 1, pp: int = 1, layers: tuple[int, ...] 
         found.append(f"--vpp {vpp} needs --pp of at least 2 and stages that divide the {total} layers ({pp} x {vpp} = {pp * vpp})")
     if config.mlp_bias and not config.attention_bias:
         found.append("biases in the MLP and none in attention: Megatron's add_bias_linear has both, add_qkv_bias the latter only")
-    found += _rope_problems(config)
+    found += rope_problems(config)
     dtypes = [{source.tensors[name].dtype for name in piece.ours} for piece in pieces(config, range(total), True, True)]
     if any(len(kinds) > 1 for kinds in dtypes):
         found.append("q, k and v, or gate and up, of one layer have different dtypes, and become one tensor; give --dtype")
@@ -660,33 +469,6 @@ def stages(config: LlamaConfig, pp: int = 1, layers: tuple[int, ...] | None = No
 
 def rank_folder(rank: int, stage: int, in_stages: bool) -> str:
     return f"mp_rank_{rank:02d}_{stage:03d}" if in_stages else f"mp_rank_{rank:02d}"
-
-
-def arguments(source: Weights, tp: int, pp: int, layers: tuple[int, ...] | None, names: str, vocab_divisor: int,
-              vpp: int | None) -> argparse.Namespace:  # fmt: skip
-    """What Megatron compares when it loads (check_checkpoint_args) or takes over (--use-checkpoint-args), and what its converters
-    ask for. hf_config is ours: with it the way back is exact to the last setting."""
-    config = source.config
-    dtype = source.tensors["model.embed_tokens.weight"].dtype
-    grouped = config.num_key_value_heads != config.num_attention_heads
-    return argparse.Namespace(
-        num_layers=config.num_hidden_layers, hidden_size=config.hidden_size, ffn_hidden_size=config.intermediate_size,
-        num_attention_heads=config.num_attention_heads, group_query_attention=grouped,
-        num_query_groups=config.num_key_value_heads if grouped else 1, kv_channels=config.head_dim,
-        seq_length=config.max_position_embeddings, max_position_embeddings=config.max_position_embeddings,
-        position_embedding_type="rope", use_rotary_position_embeddings=True, add_position_embedding=True, rotary_percent=1.0,
-        rotary_interleaved=False, **_rope_arguments(config), normalization="RMSNorm", norm_epsilon=config.rms_norm_eps,
-        apply_layernorm_1p=False, swiglu=True, add_bias_linear=config.mlp_bias, disable_bias_linear=not config.mlp_bias,
-        add_qkv_bias=config.attention_bias and not config.mlp_bias, add_dense_bias=config.attention_bias and not config.mlp_bias,
-        untie_embeddings_and_output_weights=not config.tie_word_embeddings, vocab_size=config.vocab_size,
-        padded_vocab_size=padded_vocabulary(config.vocab_size, tp, vocab_divisor), make_vocab_size_divisible_by=vocab_divisor,
-        tokenizer_type="Llama2Tokenizer", bert_binary_head=True, tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp,
-        world_size=tp * pp, num_layer_list=",".join(map(str, layers)) if layers else None,
-        virtual_pipeline_model_parallel_size=vpp,
-        num_layers_per_virtual_pipeline_stage=None if vpp is None else config.num_hidden_layers // (pp * vpp),
-        params_dtype=dtype, bf16=dtype is torch.bfloat16, fp16=dtype is torch.float16, use_mcore_models=names == "mcore",
-        transformer_impl="local", iteration=1, consumed_train_samples=0, consumed_valid_samples=0, hf_config=config.to_dict(),
-    )  # fmt: skip
 
 
 def skeleton(stage: dict[str, list[Piece]], args: argparse.Namespace, shapes: dict[str, torch.Size], dtypes: dict[str, torch.dtype],

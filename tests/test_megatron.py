@@ -526,10 +526,10 @@ def test_rope_scaling_through_arguments(kind):
     weights = source(config, model(config))
     assert megatron.problems(weights) == []
     args = vars(megatron.arguments(weights, 1, 1, None, "mcore", 1, None))
-    assert megatron._rope_scaling(args) == ROPES[kind]
+    assert megatron.rope_scaling(args) == ROPES[kind]
     if kind == "llama 3.1":  # Megatron-LM's own way to say it, without ModelLink's arguments
         assert args["use_rope_scaling"]
-        assert megatron._rope_scaling({"use_rope_scaling": True, "rope_scaling_factor": 8.0}) == ROPES[kind]
+        assert megatron.rope_scaling({"use_rope_scaling": True, "rope_scaling_factor": 8.0}) == ROPES[kind]
 
 
 def test_differing_copies(tmp_path):
