@@ -672,6 +672,15 @@ def test_other_models_are_refused_by_their_arguments(tmp_path):
     assert "among the arguments, hidden_size '48' is no number" in refusal(tmp_path / "c")
     save_by_hand(tmp_path / "d", {(0, 0): None}, llama_arguments(GQA, 1, 1))
     assert 'has no "model", where Megatron keeps the weights' in refusal(tmp_path / "d")
+    for name, args in (("e", 5), ("f", [1]), ("g", "x")):
+        save_by_hand(tmp_path / name, files, args)
+        assert "holds no arguments that tell the number of heads" in refusal(tmp_path / name)
+    save_by_hand(tmp_path / "h", files, llama_arguments(GQA, 1, 1, tensor_model_parallel_size=2.5), checkpoint_version="3.0")
+    assert "lacks mp_rank_01" in refusal(tmp_path / "h")
+    save_by_hand(tmp_path / "i", files, llama_arguments(GQA, 1, 1), checkpoint_version="3.0")
+    assert "has checkpoint_version '3.0'; 2.0 and later are read" in refusal(tmp_path / "i")
+    save_by_hand(tmp_path / "j", {(0, 0): {**files[0, 0], 7: torch.zeros(2)}}, llama_arguments(GQA, 1, 1))
+    assert_same(megatron.open_weights(tmp_path / "j", vocab_size=101), model(GQA))
 
 
 class Evil:

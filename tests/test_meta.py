@@ -539,6 +539,9 @@ def test_missing_shards_are_named(tmp_path):
     (out / "consolidated.01.pth").rename(tmp_path / "hidden.pth")
     assert "consolidated.01.pth is missing" in refused(out)
     (tmp_path / "hidden.pth").rename(out / "consolidated.01.pth")
+    shutil.copy(out / "consolidated.01.pth", out / "consolidated.1.pth")
+    assert "consolidated.01.pth and consolidated.1.pth, two files of one shard" in refused(out)
+    (out / "consolidated.1.pth").unlink()
     (out / "consolidated.03.pth").unlink()
     text = refused(out)
     assert "3 consolidated.NN.pth" in text and "(16, 64)" in text and "(64, 64)" in text and "4 shards" in text
@@ -550,6 +553,11 @@ def test_missing_shards_are_named(tmp_path):
 def test_truncated_and_foreign_files_are_named(tmp_path):
     _, out = exported(tmp_path, 2)
     file = out / "consolidated.01.pth"
+    torch.save({7: torch.zeros(2)}, tmp_path / "number.pth")
+    kept = file.read_bytes()
+    file.write_bytes((tmp_path / "number.pth").read_bytes())
+    assert "consolidated.01.pth is no file of named tensors" in refused(out)
+    file.write_bytes(kept)
     whole = file.read_bytes()
     for size in (0, 1, 100, len(whole) // 2, len(whole) - 1):
         file.write_bytes(whole[:size])
