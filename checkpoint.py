@@ -96,7 +96,7 @@ def model_tensors(directory: Path, config: LlamaConfig) -> Iterator[tuple[str, T
 
     Raises UserError, before the first, that names every missing, unknown or misshapen tensor.
     """
-    for name, lazy in parameters_in(directory, config)[0].items():
+    for name, lazy in parameters_in(directory, config, mapped=True)[0].items():
         yield name, lazy.read()
 
 

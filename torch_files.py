@@ -90,14 +90,15 @@ class TorchFile:
         """The structure with its tensors where they lie in the file: what is touched stays in memory as long as they do."""
         return self._load("cpu") if self._mapped else _whole(self)
 
-    def reader(self, *keys) -> Callable[[], Tensor]:
-        """A function that reads content[keys[0]][keys[1]]…: a CPU tensor in memory of its own; the file is closed again."""
+    def reader(self, *keys, mapped: bool = False) -> Callable[[], Tensor]:
+        """A function that reads content[keys[0]][keys[1]]…: a CPU tensor in memory of its own, the file closed again; or, `mapped`,
+        where it lies in the file."""
 
         def read() -> Tensor:
             value = self.mapped()
             for key in keys:
                 value = value[key]
-            return value.detach().clone()
+            return value.detach() if mapped else value.detach().clone()
 
         return read
 

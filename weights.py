@@ -169,13 +169,17 @@ def weight_map(index: Path) -> dict[str, str]:
     return found
 
 
-def stored_tensors(directory: Path) -> dict[str, Lazy]:
-    """name -> Lazy of everything in a directory's weight files. Raises UserError for damaged files and a wrong index."""
+def stored_tensors(directory: Path, mapped: bool = False) -> dict[str, Lazy]:
+    """name -> Lazy of everything in a directory's weight files. Raises UserError for damaged files and a wrong index.
+
+    mapped: they are read where they lie in the file, which is quick and takes no memory of its own; but what is touched counts
+    as this process's as long as the tensor lives.
+    """
     tensors: dict[str, Lazy] = {}
     where: dict[str, str] = {}
     files = weight_files(directory)
     for file in files:
-        for name, lazy in (_safetensors if file.suffix == ".safetensors" else _bin)(file).items():
+        for name, lazy in (_safetensors if file.suffix == ".safetensors" else _bin)(file, mapped).items():
             if name in tensors:
                 raise UserError(f"{directory}: {name} is in {where[name]} and in {file.name}; one of the two does not belong there")
             tensors[name], where[name] = lazy, file.name
@@ -190,25 +194,25 @@ def stored_tensors(directory: Path) -> dict[str, Lazy]:
     return tensors
 
 
-def _safetensors(file: Path) -> dict[str, Lazy]:
+def _safetensors(file: Path, mapped: bool) -> dict[str, Lazy]:
     try:
         with safe_open(file, framework="pt") as tensors:
             slices = {name: tensors.get_slice(name) for name in tensors.keys()}  # noqa: SIM118 - not a dict
             strange = [f"{name} ({part.get_dtype()})" for name, part in slices.items() if part.get_dtype() not in SAFETENSORS_DTYPES]
             if strange:
                 raise UserError(f"{file} holds {', '.join(strange[:3])}, a dtype that is not read here")
-            return {name: Lazy(torch.Size(part.get_shape()), SAFETENSORS_DTYPES[part.get_dtype()], _reader(file, name))
+            return {name: Lazy(torch.Size(part.get_shape()), SAFETENSORS_DTYPES[part.get_dtype()], _reader(file, name, mapped))
                     for name, part in slices.items()}  # fmt: skip
     except (SafetensorError, OSError) as error:
         raise _unreadable(file, error) from None
 
 
-def _reader(file: Path, name: str) -> Callable[[], Tensor]:
+def _reader(file: Path, name: str, mapped: bool) -> Callable[[], Tensor]:
     def read() -> Tensor:
         try:
             # Opened for one tensor: what the file's mapping has brought into memory goes when it is closed, and only the copy stays.
             with safe_open(file, framework="pt") as tensors:
-                return tensors.get_tensor(name).clone()
+                return tensors.get_tensor(name) if mapped else tensors.get_tensor(name).clone()
         except (SafetensorError, OSError) as error:
             raise _unreadable(file, error) from None
 
@@ -219,14 +223,14 @@ def _unreadable(file: Path, error: Exception) -> UserError:
     return UserError(f"{file} cannot be read ({error}); it may be truncated: copy or download it again")
 
 
-def _bin(file: Path) -> dict[str, Lazy]:
+def _bin(file: Path, mapped: bool) -> dict[str, Lazy]:
     torch_file = TorchFile(file)
     content = torch_file.content
     if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
         raise UserError(f"{file} is no file of named tensors")
     if strange := [name for name, value in content.items() if value.layout != torch.strided or value.is_quantized]:
         raise UserError(f"{file} holds {', '.join(strange[:3])} in a sparse or quantised layout; save it dense where it comes from")
-    return {name: Lazy(value.shape, value.dtype, torch_file.reader(name)) for name, value in content.items()}
+    return {name: Lazy(value.shape, value.dtype, torch_file.reader(name, mapped=mapped)) for name, value in content.items()}
 
 
 def open_weights(directory: Path, tokenizer: Tokenizer | None = None) -> Weights:
@@ -244,12 +248,12 @@ def open_weights(directory: Path, tokenizer: Tokenizer | None = None) -> Weights
     return Weights(config, tensors, tokenizer or (load_tokenizer(directory) if own else None), facts=facts, odd=odd)
 
 
-def parameters_in(directory: Path, config: LlamaConfig) -> tuple[dict[str, Lazy], list[str]]:
+def parameters_in(directory: Path, config: LlamaConfig, mapped: bool = False) -> tuple[dict[str, Lazy], list[str]]:
     """The parameters of this architecture among a directory's tensors, and remarks on those that were left out.
 
     Raises UserError that names every missing, unknown and misshapen tensor.
     """
-    stored, odd = stored_tensors(directory), []
+    stored, odd = stored_tensors(directory, mapped), []
     if frequencies := [name for name in stored if name.endswith(COMPUTED)]:
         odd += [f"{len(frequencies)} stored tensors of rotary frequencies (an old tool's) are left out: they are computed"]
     if "lm_head.weight" in stored and config.tie_word_embeddings:
