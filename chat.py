@@ -4,9 +4,10 @@
     python chat.py --model out/sft --prompt 法国的首都是哪里？       # one answer on stdout, nothing else
     python chat.py --model out/sft < questions.txt                  # every line is a turn
     python chat.py --model out/pretrain --prompt 春眠不觉晓，        # a base model continues the text
+    python chat.py --model out/pretrain --adapter out/lora          # with what `sft.py --lora-rank` trained beside it
 
 Any Hugging Face Llama directory will do. The conversation is rendered by the same function that made the training data
-(tokenizer.render), with the template that the directory names. Ctrl-C stops an answer; at the prompt it quits, as
+(tokenizer.render), with the template that the directory names, or the adapter's. Ctrl-C stops an answer; at the prompt it quits, as
 Ctrl-D does. Answers go to stdout, all else to stderr.
 """
 
@@ -25,8 +26,8 @@ from pathlib import Path
 
 import torch
 
-from chat_template import TEMPLATES
-from checkpoint import load_model, open_model_dir
+from chat_template import TEMPLATES, closing_text
+from checkpoint import Adapted, load_model, open_model_dir
 from devices import DTYPE_NAMES, KINDS, pick_device, pick_dtype
 from model import Llama
 from progress import human
@@ -53,7 +54,7 @@ COMMANDS = {
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Adapted):
     model: Path = flag(Path("out/sft"), "model directory: a run, one of its steps, or any Hugging Face Llama")
     prompt: str | None = flag(None, "answer this once: only the answer goes to stdout")
     system: str = flag("", "system text, told to the model before the conversation")
@@ -164,8 +165,11 @@ class Conversation:
         finally:
             steps.close()
             self.seconds = time.perf_counter() - start
-            if self.template is not None and "".join(said).strip():  # a turn without an answer cannot be rendered
-                self.turns.append((text, "".join(said)))
+            answer = "".join(said)
+            if self.template is not None:
+                answer = answer.removesuffix(closing_text(self.tokenizer, self.template))
+                if answer.strip():  # a turn without an answer cannot be rendered
+                    self.turns.append((text, answer))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -294,11 +298,12 @@ def answer_turn(conversation: Conversation, text: str, interactive: bool) -> Non
 
 def load(config: Config) -> Conversation:
     """Read the model and its tokenizer. Everything that can be wrong with them is found before weights are read."""
-    directory, llama, tokenizer = open_model_dir(config.model, config.rope_scaling, config.rope_factor)
+    adapters = config.adapters()
+    directory, llama, tokenizer = open_model_dir(config.model, config.rope_scaling, config.rope_factor, adapters)
     template = {"auto": tokenizer.template, "none": None}.get(config.template, config.template)
     device = pick_device(config.device)
     dtype = pick_dtype(config.dtype, device)
-    model = load_model(directory, device, dtype, config=llama).eval()
+    model = load_model(directory, device, dtype, config=llama, adapters=adapters, base_quant=config.storage(directory)).eval()
     settings = {name: getattr(config, name) for name in SAMPLING}
     if template is None:
         note(f"{directory} is a base model (it names no chat template): it continues your text, and remembers nothing")
@@ -319,8 +324,8 @@ def main(config: Config) -> dict:
     if interactive:
         with contextlib.suppress(ImportError):
             import readline  # noqa: F401 - gives input() editing and a history
-        model, weight = conversation.model, conversation.model.lm_head.weight
-        note(f"{config.model}: {human(model.num_parameters())} parameters, {conversation.window:,} tokens of context, "
+        model, weight, name = conversation.model, conversation.model.lm_head.weight, config.with_adapters(config.model)
+        note(f"{name}: {human(model.num_parameters())} parameters, {conversation.window:,} tokens of context, "
              f"{weight.device.type} {DTYPE_NAMES[weight.dtype]}; /help lists the commands")
     return talk(conversation, interactive)
 

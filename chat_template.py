@@ -53,6 +53,7 @@ class Template:
     user: Turn
     assistant: Turn
     start: tuple = ()  # before the first message
+    end: tuple | None = None  # closes the last turn, in place of its suffix's last item; None: it ends like the others
     answer_lead: str = ""  # what the answer itself begins with: Llama-2's space is part of the answer's first token
     system_in_user: bool = False  # the system text stands inside the first user turn, so that one's prefix falls away
     any_order: bool = False  # roles may repeat and system texts may stand anywhere; else user and assistant alternate
@@ -63,6 +64,10 @@ BOS, EOS = Special("bos"), Special("eos")
 
 def _chatml(role: str) -> Turn:
     return Turn((Special("<|im_start|>"), f"{role}\n"), (Special("<|im_end|>"), "\n"))
+
+
+def _chatml_65b(role: str) -> Turn:
+    return Turn((Special("<|im_start|>"), f"{role}\n"), ("\n", Special("<|im_end|>"), "\n"))
 
 
 def _llama3(role: str) -> Turn:
@@ -78,6 +83,13 @@ TEMPLATES = {
     ),
     "chatml": Template(
         system=_chatml("system"), user=_chatml("user"), assistant=_chatml("assistant"), any_order=True
+    ),
+    # chinese-llama-65b's dialog_dataset.py: a newline before <|im_end|> and none after the last, BOS and EOS around the
+    # whole. (transformers before 4.34 dropped newlines next to special tokens when it encoded such a text; later ones and
+    # we keep them.)
+    "chatml-65b": Template(
+        system=_chatml_65b("system"), user=_chatml_65b("user"), assistant=_chatml_65b("assistant"),
+        start=(BOS,), end=(EOS,), any_order=True,
     ),
     # Meta's llama/generation.py. It strips the texts first; we leave them as they are.
     "llama2": Template(
@@ -105,6 +117,12 @@ def jinja_text(template: Template) -> str:
     def put(items) -> str:
         return f"{{{{ {' + '.join(map(word, items))} }}}}" if items else ""
 
+    def close(turn: Turn) -> str:
+        if template.end is None:
+            return put(turn.suffix)
+        return (put(turn.suffix[:-1]) + "{% if loop.last and not add_generation_prompt %}" + put(template.end) + "{% else %}"
+                + put(turn.suffix[-1:]) + "{% endif %}")  # fmt: skip
+
     content = "{{ message['content'] }}"
     user_prefix = put(template.user.prefix)
     if template.system_in_user:
@@ -114,10 +132,10 @@ def jinja_text(template: Template) -> str:
     return (
         put(template.start)
         + "{% for message in messages %}{% if message['role'] == 'system' %}"
-        + put(template.system.prefix) + content + put(template.system.suffix)
-        + "{% elif message['role'] == 'user' %}" + user_prefix + content + put(template.user.suffix)
+        + put(template.system.prefix) + content + close(template.system)
+        + "{% elif message['role'] == 'user' %}" + user_prefix + content + close(template.user)
         + "{% elif message['role'] == 'assistant' %}"
-        + put(template.assistant.prefix) + put(lead) + content + put(template.assistant.suffix)
+        + put(template.assistant.prefix) + put(lead) + content + close(template.assistant)
         + "{% else %}{{ raise_exception('unknown role ' + message['role']) }}{% endif %}{% endfor %}"
         + ("{% if add_generation_prompt %}" + put(template.assistant.prefix) + "{% endif %}"
            if template.assistant.prefix else "")
@@ -157,6 +175,12 @@ def stop_ids(tokenizer, name: str) -> list[int]:
     return sorted({*ends, tokenizer.eos_id} - {None})
 
 
+def closing_text(tokenizer, name: str) -> str:
+    """What a model writes between its answer and the token that ends it, by the template: no part of what it said."""
+    suffix = () if name == "jinja" else fitted(tokenizer, name).assistant.suffix
+    return "".join(itertools.takewhile(lambda item: isinstance(item, str), suffix))
+
+
 def check_name(tokenizer, name: str) -> str:
     """`name` if it is a chat template that this tokenizer can render; else UserError."""
     if name not in (*TEMPLATES, "jinja"):
@@ -188,6 +212,8 @@ def _parts(tokenizer, messages, name: str, add_generation_prompt: bool) -> list:
         previous = role
     if add_generation_prompt:
         parts += [(item, 0) for item in template.assistant.prefix]
+    elif template.end is not None:
+        parts[-1:] = [(item, 0) for item in template.end]
     return parts
 
 
@@ -216,18 +242,20 @@ def fitted(tokenizer, name: str, warn: bool = True) -> Template:
             return item.name
         return item
 
-    turns = {}
+    turns, start, end = {}, tuple(map(fit, template.start)), template.end
     for role in ROLES:
         turn = getattr(template, role)
         turns[role] = Turn(tuple(map(fit, turn.prefix)), tuple(map(fit, turn.suffix)))
     suffix = turns["assistant"].suffix
     if not any(isinstance(item, Special) for item in suffix) and tokenizer.eos_id is not None:
-        turns["assistant"] = replace(turns["assistant"], suffix=(suffix[0], EOS, *suffix[1:]))
+        mark = next(i for i, item in enumerate(template.assistant.suffix) if isinstance(item, Special))
+        turns["assistant"] = replace(turns["assistant"], suffix=(*suffix[: mark + 1], EOS, *suffix[mark + 1 :]))
+        end = end and tuple(item for item in end if item != EOS)  # the answer has brought it
     if missing and warn and (name, tokenizer.fingerprint) not in _WARNED:
         _WARNED.add((name, tokenizer.fingerprint))
         print(f"warning: the tokenizer has no {', '.join(dict.fromkeys(missing))}; the chat template {name} spells "
               "them as text, several tokens each", file=sys.stderr)
-    return replace(template, start=tuple(map(fit, template.start)), **turns)
+    return replace(template, start=start, end=end, **turns)
 
 
 def check_messages(messages, template: Template | None = None, add_generation_prompt: bool = False) -> None:

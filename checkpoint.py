@@ -12,12 +12,15 @@ weights_only=True.
 
 from __future__ import annotations
 
-from settings import UserError, read_json
+from settings import UserError, flag, read_json
 
+import dataclasses
 import hashlib
 import shutil
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -26,12 +29,37 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from adapters import (
+    BASE,
+    CONFIG,
+    AdapterConfig,
+    adapter_dir,
+    adapter_tensors,
+    hang,
+    is_adapter,
+    merge,
+    open_adapter,
+    peft_key,
+    write_adapter_descriptions,
+)
 from devices import random_state, set_random_state
 from files import write_json, written_beside
+from layers import STORAGES, pack, packed_layers
 from model import Llama, LlamaConfig
+from nf4 import Packed
 from runs import STATE_FORMAT, begin_step, damage, finish_step, manifest_entries, newest_step, prune
 from tokenizer import Tokenizer, load_tokenizer
-from weights import DTYPES, SHARD_BYTES, Lazy, parameters_in, plan, weight_files, write_descriptions
+from weights import (
+    DTYPES,
+    SHARD_BYTES,
+    Lazy,
+    parameters_in,
+    plan,
+    storage_of,
+    tensors_in,
+    weight_files,
+    write_descriptions,
+)
 
 __all__ = ["DTYPES"]
 SMALL_FILES = 20 * 10**6  # room for tokenizer, random states and descriptions beside the tensors
@@ -40,6 +68,33 @@ ARCHITECTURE = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_la
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Models
+
+
+@dataclass(frozen=True, kw_only=True)
+class Adapted:
+    """What every command asks that takes a model with adapters on it."""
+
+    adapter: tuple[str, ...] = flag((), "adapters to put on the model, in this order: directories or runs, with commas or spaces between")
+    base_quant: str = flag("none", "round the model's projections to 8 or about 4 bits, as they were when the adapter was trained",
+                           choices=tuple(STORAGES))  # fmt: skip
+
+    def adapters(self) -> list[Path]:
+        return [Path(part) for word in self.adapter for part in word.split(",") if part]
+
+    def with_adapters(self, model: Path) -> str:
+        """What the model and its adapters are called together."""
+        return " + ".join(map(str, [model, *self.adapters()]))
+
+    def storage(self, directory: Path) -> str:
+        """How the projections of the model in `directory` are to be kept. Says so, on stderr, if an adapter was trained beside others."""
+        storage = storage_of(directory, self.base_quant)
+        for path in map(adapter_dir, self.adapters()):
+            trained = read_json(path / BASE).get("storage") if (path / BASE).exists() else None
+            if trained not in (None, "none", storage):
+                here = "as the model has them" if storage == "none" else f"in {storage}"
+                print(f"notice: {path} was trained beside projections in {trained}, and here they are {here}; --base-quant {trained} makes "
+                      "them the same", file=sys.stderr)  # fmt: skip
+        return storage
 
 
 def resolve_model_dir(path) -> Path:
@@ -55,49 +110,71 @@ def resolve_model_dir(path) -> Path:
     if (path / "config.json").exists() and weight_files(path):
         return path
     step = newest_step(path) if path.is_dir() else None
+    if found := next((place for place in (path, step) if place and is_adapter(place)), None):
+        base = read_json(found / CONFIG).get("base_model_name_or_path") or "BASE"
+        both = f"--model {base} --adapter {path}"
+        raise UserError(f"{path} is an adapter and no whole model: {both}; python convert.py merge {both} --out DIR makes them one")
     if step is None:
         raise UserError(f"{path} is no model directory: no config.json with model.safetensors, and no complete step inside")
     return step
 
 
-def open_model_dir(path, rope_scaling: str = "none", rope_factor: float = 1.0) -> tuple[Path, LlamaConfig, Tokenizer]:
+def open_model_dir(path, rope_scaling: str = "none", rope_factor: float = 1.0,
+                   adapters: Sequence[Path] = ()) -> tuple[Path, LlamaConfig, Tokenizer]:  # fmt: skip
     """What a model is, before its weights are read: its directory, architecture (scaled, if asked for) and tokenizer.
 
-    Raises UserError when one is missing or broken, or when the tokenizer is larger than the model's vocabulary.
+    An adapter that was trained with RoPE scaling brings that with it; the last one with a tokenizer brings that, and its chat template.
+    Raises UserError when something is missing or broken, or when the tokenizer is larger than the model's vocabulary.
     """
     directory = resolve_model_dir(path)
-    config = LlamaConfig.from_json(directory)
+    config, tokens = LlamaConfig.from_json(directory), directory
+    for adapter in map(adapter_dir, adapters):
+        if (adapter / BASE).exists() and (trained := LlamaConfig.from_dict(read_json(adapter / BASE)["config"])).rope_scaling:
+            config = dataclasses.replace(config, rope_scaling=trained.rope_scaling,
+                                         max_position_embeddings=trained.max_position_embeddings)  # fmt: skip
+        tokens = adapter if any((adapter / name).exists() for name in ("tokenizer.model", "tokenizer.json")) else tokens
     if rope_scaling != "none":
         config = config.with_rope_scaling(rope_scaling, rope_factor)
-    tokenizer = load_tokenizer(directory)
+    tokenizer = load_tokenizer(tokens)
     if len(tokenizer) > config.vocab_size:
-        raise UserError(f"the tokenizer of {directory} has {len(tokenizer)} entries, its model only {config.vocab_size}")
+        raise UserError(f"the tokenizer of {tokens} has {len(tokenizer)} entries, its model only {config.vocab_size}")
     return directory, config, tokenizer
 
 
-def load_model(path, device="cpu", dtype: torch.dtype | None = None, config: LlamaConfig | None = None) -> Llama:
+def load_model(path, device="cpu", dtype: torch.dtype | None = None, config: LlamaConfig | None = None,
+               adapters: Sequence[Path] = (), base_quant: str = "none") -> Llama:  # fmt: skip
     """Read a Llama from a Hugging Face directory, or from the newest intact step of a run.
 
     Tensor by tensor: no second copy of the model is ever in memory. dtype None keeps the file's. `config` replaces
-    the directory's (with other RoPE scaling, say). Raises UserError that names every missing, unknown or misshapen tensor.
+    the directory's (with other RoPE scaling, say). `adapters` are merged into it in this order; with `base_quant` (layers.STORAGES) the
+    projections are packed as they are read, and what adapters add to them stays beside them.
+    Raises UserError that names every missing, unknown or misshapen tensor, and adapters that are not this model's.
     """
     directory = resolve_model_dir(path)
     config = config or LlamaConfig.from_json(directory)
+    opened = [open_adapter(adapter, config, directory) for adapter in adapters]
     with torch.device("meta"):
-        model = Llama(config)
-    state = {name: tensor.to(device=device, dtype=dtype or tensor.dtype) for name, tensor in model_tensors(directory, config)}
+        model = pack(Llama(config), base_quant)
+    packed, state = packed_layers(model), {}
+    tensors = parameters_in(directory, config, mapped=True)[0]
+    for name in packed:
+        packed[name].to_empty(device=device).store(tensors.pop(name).stored(base_quant).to(device), name)
+    for name, lazy in merge(tensors, opened).items():
+        state[name] = lazy.read().to(device=device, dtype=dtype or lazy.dtype)
     model.load_state_dict(state, strict=False, assign=True)
     model.tie_weights()
+    hang(model, opened)
     return model.requires_grad_(True)
 
 
-def model_tensors(directory: Path, config: LlamaConfig) -> Iterator[tuple[str, Tensor]]:
-    """Yield (name, tensor) of every parameter of this architecture from a directory's weight files, one at a time.
+def model_tensors(directory: Path, config: LlamaConfig, storage: str = "none") -> Iterator[tuple[str, Tensor | Packed]]:
+    """Yield (name, tensor) of every parameter of this architecture from a directory's weight files, one at a time. For a model that
+    keeps its projections in `storage`, those that lie so in the files come as they are.
 
     Raises UserError, before the first, that names every missing, unknown or misshapen tensor.
     """
     for name, lazy in parameters_in(directory, config, mapped=True)[0].items():
-        yield name, lazy.read()
+        yield name, lazy.stored(storage)
 
 
 def weights_identity(directory: Path) -> str:
@@ -112,18 +189,31 @@ def weights_identity(directory: Path) -> str:
 
 
 def save_model(model: Llama, path, tokenizer: Tokenizer | None = None, *, dtype: torch.dtype | None = None,
-               template: str | None = None, shard_bytes: int = SHARD_BYTES, parallel=None) -> None:  # fmt: skip
-    """Write a complete Hugging Face directory; each file is complete or absent, config.json comes last.
+               template: str | None = None, shard_bytes: int = SHARD_BYTES, parallel=None,
+               adapter: AdapterConfig | None = None) -> None:  # fmt: skip
+    """Write a complete Hugging Face directory, or with `adapter` a PEFT directory with what of the model learns; each file is complete
+    or absent, config.json or adapter_config.json comes last.
 
     dtype None keeps the parameters' own. The tokenizer is written beside, with its chat template. `parallel` (parallel.py) of
     a run whose ranks write together: then every rank calls this.
     """
     path, machine = Path(path), parallel.machine if parallel else Alone
     machine.on_main(lambda: path.mkdir(parents=True, exist_ok=True))
-    files = _weights_plan(model, parallel, dtype, shard_bytes)
+    dtype = dtype or next(parameter.dtype for parameter in model.parameters() if parameter.requires_grad or adapter is None)
+    files = _weights_plan(model, parallel, dtype, shard_bytes, adapter)
     _write_tensors(path, files, machine)
-    stored = dtype or next(model.parameters()).dtype
-    machine.on_main(lambda: write_descriptions(path, model.config, files, tokenizer, dtype=stored, template=template))
+    machine.on_main(lambda: _write_descriptions(path, model, files, tokenizer, dtype, template, adapter))
+
+
+def _write_descriptions(path: Path, model: Llama, files: dict, tokenizer: Tokenizer | None, dtype: torch.dtype, template: str | None,
+                        adapter: AdapterConfig | None) -> None:  # fmt: skip
+    """Everything beside the tensors."""
+    if adapter is None:
+        write_descriptions(path, model.config, files, tokenizer, dtype=dtype, template=template)
+        return
+    if tokenizer is not None:
+        tokenizer.save(path, template=template)
+    write_adapter_descriptions(path, adapter, model.config)
 
 
 class Alone:
@@ -134,11 +224,13 @@ class Alone:
     on_main = staticmethod(lambda work: work())
 
 
-def _weights_plan(model: Llama, parallel, dtype: torch.dtype | None, shard_bytes: int) -> dict[str, dict[str, Lazy]]:
+def _weights_plan(model: Llama, parallel, dtype: torch.dtype, shard_bytes: int,
+                  adapter: AdapterConfig | None = None) -> dict[str, dict[str, Lazy]]:  # fmt: skip
     own = dict(model.named_parameters())
     read = parallel.read if parallel else lambda name: own[name].detach()
-    return plan("model", [(name, Lazy(shape, dtype or own[name].dtype, partial(read, name)))
-                          for name, shape in model.parameter_shapes().items()], shard_bytes)  # fmt: skip
+    if adapter is not None:  # PEFT knows no shards
+        return {"adapter_model.safetensors": adapter_tensors(model, read, dtype)}
+    return plan("model", [(name, Lazy(shape, dtype, partial(read, name))) for name, shape in model.parameter_shapes().items()], shard_bytes)
 
 
 def _write_tensors(directory: Path, files: dict[str, dict[str, Lazy]], machine) -> dict[str, dict]:
@@ -187,17 +279,17 @@ def _write_file(path: Path, tensors: dict[str, Tensor]) -> dict[str, dict]:
 
 
 def save_state(out: Path, *, parallel, tokenizer: Tokenizer, state: dict, template: str | None = None, keep: int = 2,
-               needed: bool = False) -> Path | None:  # fmt: skip
-    """Write out/step-NNNNNN: a model directory in fp32 plus all that decides the next step. All ranks call it.
+               needed: bool = False, adapter: AdapterConfig | None = None) -> Path | None:  # fmt: skip
+    """Write out/step-NNNNNN: a model directory in fp32 plus all that decides the next step; with `adapter` a PEFT directory, which
+    holds only what is trained. All ranks call it.
 
     `state` is the stage's own (JSON), with its "step". The newest `keep` steps stay, and the best one. Where the disk has no
     room for it, nothing is begun: UserError if the save is `needed`, else a notice and None, because training can go on.
     """
     out, machine, step = Path(out), parallel.machine, state["step"]
-    shapes = parallel.model.parameter_shapes()
     optimizer = [(f"{name}:{key}", Lazy(torch.Size() if key == "step" else shape, torch.float32, partial(parallel.read, name, key)))
-                 for name, shape in shapes.items() if name in parallel.trained for key in parallel.state_keys()]  # fmt: skip
-    weights = _weights_plan(parallel.model, parallel, torch.float32, SHARD_BYTES)
+                 for name, shape in parallel.model.trained_shapes().items() for key in parallel.state_keys()]  # fmt: skip
+    weights = _weights_plan(parallel.model, parallel, torch.float32, SHARD_BYTES, adapter)
     files = weights | plan("optimizer", optimizer, SHARD_BYTES)
     size = sum(lazy.nbytes for tensors in files.values() for lazy in tensors.values()) + SMALL_FILES
     free = machine.on_main(lambda: shutil.disk_usage(out).free)
@@ -215,7 +307,7 @@ def save_state(out: Path, *, parallel, tokenizer: Tokenizer, state: dict, templa
         entries = _write_tensors(folder, files, machine)
 
         def finish() -> Path:
-            write_descriptions(folder, parallel.model.config, weights, tokenizer, dtype=torch.float32, template=template)
+            _write_descriptions(folder, parallel.model, weights, tokenizer, torch.float32, template, adapter)
             _write_file(folder / "random.safetensors", {f"rank{rank}.{kind}": tensor for rank, states in enumerate(random_states)
                                                         for kind, tensor in states.items()})  # fmt: skip
             write_json(folder / "state.json", {"format": STATE_FORMAT, "world": machine.world, "scaler": scaler, **state})
@@ -231,8 +323,10 @@ def save_state(out: Path, *, parallel, tokenizer: Tokenizer, state: dict, templa
         raise
 
 
-def load_state(step: Path, *, stage: str, parallel, tokenizer: Tokenizer) -> dict:
+def load_state(step: Path, *, stage: str, parallel, tokenizer: Tokenizer, adapter: AdapterConfig | None = None) -> dict:
     """Put a step's weights, optimizer, scaler and random numbers back; return the stage's state. All ranks call it.
+
+    With `adapter` the step holds one, and the model around it has its values already.
 
     Another number of ranks, or another kind of device, gets fresh random numbers, other ones than at the start: dropout goes on
     differently, all else alike. Raises UserError if another stage wrote it, or it has another architecture or tokenizer, or other
@@ -243,7 +337,13 @@ def load_state(step: Path, *, stage: str, parallel, tokenizer: Tokenizer) -> dic
         raise UserError(f"--resume {step}: this is a step of {state.get('stage')}.py; to build on its weights use --init-from {step}")
     if state.pop("format", None) != STATE_FORMAT:
         raise UserError(f"--resume {step}: an older Cria wrote this training state; go on from its weights: --init-from {step}")
-    ours, theirs = parallel.model.config.to_dict(), LlamaConfig.from_json(step).to_dict()
+    if is_adapter(step) != (adapter is not None):
+        found, wanted = ("an adapter", "the whole model") if adapter is None else ("a whole model", "an adapter")
+        raise UserError(f"--resume {step}: {found} was trained there, and now {wanted} is to be (--lora-rank)")
+    if adapter is not None and (stored := AdapterConfig.from_json(step / CONFIG)) != adapter:
+        raise UserError(f"--resume {step}: another adapter was trained there ({_difference(stored, adapter)})")
+    own = LlamaConfig.from_dict(read_json(step / BASE)["config"]) if adapter is not None else LlamaConfig.from_json(step)
+    ours, theirs = parallel.model.config.to_dict(), own.to_dict()
     if different := [f"{key} {theirs[key]} instead of {ours[key]}" for key in ARCHITECTURE if ours[key] != theirs[key]]:
         raise UserError(f"--resume {step}: it holds another model: {', '.join(different)}")
     if load_tokenizer(step).fingerprint != tokenizer.fingerprint:
@@ -252,7 +352,11 @@ def load_state(step: Path, *, stage: str, parallel, tokenizer: Tokenizer) -> dic
     if remembered and remembered != set(parallel.trained):
         raise UserError(f"--resume {step}: {len(remembered)} tensors were trained there and {len(parallel.trained)} are to be trained "
                         f"now (--train); begin a run of its own from those weights: --init-from {step} and another --out")
-    parallel.fill(model_tensors(step, parallel.model.config))
+    if adapter is None:
+        parallel.fill(model_tensors(step, parallel.model.config))
+    else:
+        stored = tensors_in(step / "adapter_model.safetensors", mapped=True)
+        parallel.fill((name, stored[peft_key(name)].read()) for name in parallel.trained)
     for file in sorted(step.glob("optimizer*.safetensors")):
         with safe_open(file, framework="pt") as tensors:
             for key in tensors.keys():  # noqa: SIM118 - not a dict
@@ -269,6 +373,11 @@ def load_state(step: Path, *, stage: str, parallel, tokenizer: Tokenizer) -> dic
     if scaler and machine.scaler.is_enabled():
         machine.scaler.load_state_dict(scaler)
     return state
+
+
+def _difference(before: AdapterConfig, now: AdapterConfig) -> str:
+    return ", ".join(f"{field.name} {getattr(before, field.name)} and now {getattr(now, field.name)}" for field in dataclasses.fields(now)
+                     if field.compare and getattr(before, field.name) != getattr(now, field.name))  # fmt: skip
 
 
 def _optimizer_remembers(step: Path) -> set[str]:

@@ -1,10 +1,11 @@
-"""Doors to other systems: bring Llamas in, take them out, look at what a directory or file holds, give a model more words.
+"""Doors to other systems: bring Llamas in, take them out, look at what a directory or file holds; merge adapters, add words.
 
     python convert.py inspect path/to/anything                                            # what is it, and would it load?
     python convert.py import-meta --model Llama-2-7b --out out/llama2-7b                  # consolidated.*.pth + params.json
     python convert.py export-megatron --model out/llama2-7b --tp 8 --pp 1 --out out/tp8   # ModelLink, Megatron-LM
     python convert.py export-gguf --model out/sft --type q8_0 --out out/sft.gguf          # llama.cpp, Ollama
     python convert.py resize-vocab --model out/llama2-7b --tokenizer out/llama2-zh --out out/llama2-7b-zh
+    python convert.py merge --model out/pretrain --adapter out/lora --out out/merged      # what LoRA learned, into the weights
 
 Whatever `inspect` recognises can be the --model of any command: `export-megatron --model out/tp8 --tp 2 --pp 4` goes from one
 Megatron directory to another. Every conversion works tensor by tensor and takes the memory of a few of the largest, whatever
@@ -17,25 +18,31 @@ from __future__ import annotations
 from settings import UserError, command_line, flag, too_small
 
 import dataclasses
+import math
 import os
 import shutil
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from checkpoint import ARCHITECTURE, SMALL_FILES, resolve_model_dir
+from adapters import GROUPS, Adapter, open_adapter
+from adapters import merge as merge_tensors
+from checkpoint import ARCHITECTURE, SMALL_FILES, Adapted, open_model_dir, resolve_model_dir
 from config import LlamaConfig
 from doors import gguf_file, huggingface, llama2c, megatron, meta, tiktoken_file
 from extension import compare_tokens
 from files import fsync_directory, locked
+from layers import STORAGES
 from progress import human
 from runs import steps
 from tokenizer import Tokenizer, load_tokenizer
@@ -45,6 +52,7 @@ from weights import DTYPES, Lazy, Weights, check_dtypes, same_bits
 DOORS = (huggingface, meta, megatron, gguf_file, llama2c)  # in the order in which they are asked whether they recognise a path
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 SCAN = 1 << 24  # elements looked at in one go when values are checked
+WORTH_KEEPING = 0.25  # part of what adapters change that may be lost in rounding before merge speaks of it
 
 
 @dataclass(frozen=True)
@@ -135,6 +143,16 @@ class ResizeVocab(Convert):
                 + ([] if self.tokenizer else ["--tokenizer is required: the larger one, from `tokenizer.py extend`"]))  # fmt: skip
 
 
+@dataclass(frozen=True, kw_only=True)
+class Merge(Adapted):
+    model: Path = flag(help="the model that the adapters were trained on: a directory or a run")
+    out: Path = flag(help="what to write; it must not exist yet")
+    dtype: str = flag("keep", "dtype of the tensors written; what adapters change is often finer than bf16", choices=("keep", *DTYPES))
+
+    def problems(self) -> list[str]:
+        return [] if self.adapters() else ["--adapter is required: what to merge into --model"]
+
+
 @dataclass(frozen=True)
 class Inspect:
     path: Path = flag(help="a model directory, a run, a checkpoint or a file of any kind", positional=True)
@@ -203,16 +221,23 @@ def watched(source: Weights, bar: tqdm, strange: dict[str, int], dtype: torch.dt
             bar.update(lazy.nbytes)
             if bad := not_finite(tensor):
                 strange[name] = bad
-            if dtype is None or not tensor.is_floating_point():
-                return tensor
-            if not_finite(cast := tensor.to(dtype)) > bad:
-                raise UserError(f"{name} has values up to {tensor.abs().max():.3g}, more than {str(dtype).removeprefix('torch.')} holds; "
-                                "give --dtype bf16 or fp32")  # fmt: skip
-            return cast
+            return tensor if dtype is None or not tensor.is_floating_point() else narrowed(name, tensor, dtype)
 
         return Lazy(lazy.shape, dtype or lazy.dtype, read)
 
     return dataclasses.replace(source, tensors={name: watch(name, lazy) for name, lazy in source.tensors.items()})
+
+
+def narrowed(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """The tensor in another dtype. Raises UserError if that cannot hold all of its values."""
+    cast = tensor.to(dtype)
+    if (lost := not_finite(cast)) and lost > not_finite(tensor):
+        raise UserError(f"{name} has values up to {tensor.abs().max():.3g}, more than {dtype_name(dtype)} holds; give --dtype bf16 or fp32")
+    return cast
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def not_finite(tensor: Tensor) -> int:
@@ -427,6 +452,91 @@ def resize_vocab(config: ResizeVocab) -> dict:
     return {"rows": maker.size, "new": len(maker.tokens), **reports}
 
 
+def merge(config: Merge) -> dict:
+    """The model with its adapters merged into it; tokenizer, chat template and RoPE scaling are those that it is used with."""
+    directory, llama, tokenizer = open_model_dir(config.model, adapters=config.adapters())
+    storage = config.storage(directory)
+    source = dataclasses.replace(huggingface.open_weights(directory, tokenizer), config=llama)
+    adapters = [open_adapter(path, llama, directory) for path in config.adapters()]
+    changes: dict[str, Change] = {}
+    tensors = merging(source.tensors, adapters, config.base_quant, DTYPES.get(config.dtype), changes)
+    result = convert(dataclasses.replace(source, tensors=tensors, kind="Hugging Face + adapters"), huggingface, config.out, config.dtype)
+    touched = [name for name in tensors if any(adapter.touches(name) for adapter in adapters)]
+    by_size = sorted((share([changes[name]], "learning", "base"), name) for name in touched)
+    learned, rounded, lost = (share([changes[name] for name in touched], part, whole)
+                              for part, whole in (("learning", "base"), ("rounding", "base"), ("rounding", "learning")))  # fmt: skip
+    dtypes = " and ".join(sorted({dtype_name(result.tensors[name].dtype) for name in touched}))
+    print(f"merged: {len(touched)} of {len(tensors)} tensors are changed, by {learned:.2%} of their size; least {by_size[0][1]} "
+          f"{by_size[0][0]:.2%}, most {by_size[-1][1]} {by_size[-1][0]:.2%}")  # fmt: skip
+    if config.base_quant != "none":
+        packing = share([change for name, change in changes.items() if is_projection(name)], "packing", "given")
+        print(f"base: --base-quant {storage} changed the projections by {packing:.2%} of their size before; in training it was so too")
+    elif storage != "none":
+        print(f"base: the projections of --model are in {storage}, and are written in {dtypes}")
+    print(f"precision: {dtypes} rounds the merged weights by {rounded:.2%} of their size, which is {lost:.2%} of the change"
+          if rounded else f"precision: {dtypes} holds the merged weights as they were computed")  # fmt: skip
+    if lost > WORTH_KEEPING:
+        print(f"notice: much of what was learned is finer than {dtypes} tells apart; --dtype fp32 keeps it")
+    print(f"next: python chat.py --model {config.out}")
+    return {"parameters": parameters(result), "tensors": len(touched), "learned": learned, "rounded": rounded, "lost": lost}
+
+
+class Change(NamedTuple):
+    """What merging did to a weight, in squared lengths, which add up."""
+
+    given: float  # the weight as it lies in its file
+    packing: float  # what --base-quant changed in it
+    base: float  # the weight that the adapters were trained beside
+    learning: float  # what they changed
+    rounding: float  # what the dtype that it is written in changed
+
+    @classmethod
+    def between(cls, given: Tensor, base: Tensor, merged: Tensor, written: Tensor) -> Change:
+        """All of one shape; in pieces, because each difference takes as much memory as a weight."""
+        pieces = zip(*(tensor.reshape(-1).split(SCAN) for tensor in (given, base, merged, written)))
+        squares = [[x.square().sum(dtype=torch.float64).item() for x in (g, b - g, b, m - b, w.float() - m)] for g, b, m, w in pieces]
+        return cls(*map(sum, zip(*squares)))
+
+
+def share(changes: Iterable[Change], part: str, whole: str) -> float:
+    """How long one kind of change is beside another, over several weights."""
+    parts, wholes = zip(*((getattr(change, part), getattr(change, whole)) for change in changes))
+    return math.sqrt(sum(parts) / sum(wholes)) if sum(wholes) else 0.0
+
+
+def merging(tensors: dict[str, Lazy], adapters: list[Adapter], storage: str, dtype: torch.dtype | None,
+            changes: dict[str, Change]) -> dict[str, Lazy]:  # fmt: skip
+    """A model's tensors with adapters merged into them in float32, then cast to `dtype` (None: their own). `storage`: how projections
+    were kept when the adapters were trained; they are rounded so first. What reading a tensor changed in it goes to `changes`."""
+
+    def read(name: str, lazy: Lazy, dtype: torch.dtype) -> Tensor:
+        given = lazy.to(torch.float32).read()
+        base = given if storage == "none" or not is_projection(name) else repacked(name, given, storage)
+        merged = merge_tensors({name: Lazy(lazy.shape, torch.float32, lambda: base)}, adapters)[name].read()
+        cast = narrowed(name, merged, dtype)
+        if name not in changes:  # it is read once more to be compared
+            changes[name] = Change.between(given, base, merged, cast)
+        return cast
+
+    touched = {name for name in tensors if any(adapter.touches(name) for adapter in adapters)}
+    touched |= {name for name in tensors if storage != "none" and is_projection(name)}
+    return {name: Lazy(lazy.shape, dtype or lazy.dtype, partial(read, name, lazy, dtype or lazy.dtype)) if name in touched else lazy
+            for name, lazy in tensors.items()}  # fmt: skip
+
+
+def is_projection(name: str) -> bool:
+    """Whether a weight is among those that --base-quant packs."""
+    return name.endswith(tuple(f".{module}.weight" for module in GROUPS["all"]))
+
+
+def repacked(name: str, weight: Tensor, storage: str) -> Tensor:
+    """What a layer that keeps its weight so makes of it, float32."""
+    with torch.device("meta"):
+        layer = STORAGES[storage](weight.shape[1], weight.shape[0])
+    layer.to_empty(device="cpu").store(weight, name)
+    return layer.stored(torch.float32)
+
+
 def inspect(config: Inspect) -> dict:
     """Print what a path holds. Raises UserError, after printing what could be read, if it would not load."""
     path, weights, strange, problem = config.path, None, {}, ""
@@ -457,7 +567,7 @@ def described(weights: Weights) -> dict[str, str]:
     """What an architecture, its tensors and its tokenizer are, in words."""
     c, tokenizer = weights.config, weights.tokenizer
     scaling = f", {c.rope_scaling['rope_type']} scaling {c.rope_scaling.get('factor', '')}" if c.rope_scaling else ""
-    stored = [f"{str(dtype).removeprefix('torch.')} {count / parameters(weights):.0%}" for dtype, count in weights.dtypes.items()]
+    stored = [f"{dtype_name(dtype)} {count / parameters(weights):.0%}" for dtype, count in weights.dtypes.items()]
     return {
         "architecture": f"{c.num_hidden_layers} layers, hidden {c.hidden_size}, feed-forward {c.intermediate_size}, "
                         f"{c.num_attention_heads} heads of {c.head_dim}, {c.num_key_value_heads} key/value heads",
@@ -487,6 +597,7 @@ COMMANDS = {
     "export-llama2c": (export_llama2c, ExportLlama2c, "a model -> llama2.c's .bin, fp32 or int8"),
     "import-gguf": (import_gguf, Convert, "GGUF -> a model directory"),
     "export-gguf": (export_gguf, ExportGguf, "a model -> GGUF, for llama.cpp and Ollama"),
+    "merge": (merge, Merge, "a model and the adapters trained on it -> a model directory"),
     "resize-vocab": (resize_vocab, ResizeVocab, "give a model the rows for a larger tokenizer"),
 }
 

@@ -5,6 +5,7 @@
 
     python eval.py --model out/sft --tasks exam --data data/textbook --score text
     python eval.py --model out/pretrain --tasks ppl,exam --data ppl=data/pretrain exam=path/to/ceval --shots 5
+    python eval.py --model out/pretrain --adapter out/lora --tasks exam --data data/textbook --score text
     python eval.py --model out/pretrain --tasks ppl --data novel.txt --context 1024 --rope-scaling yarn --rope-factor 4
     python eval.py --model out/sft --tasks continue --data prompts.jsonl --temperature 0.7 --out out/samples
 
@@ -34,7 +35,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from checkpoint import load_model, open_model_dir
+from checkpoint import Adapted, load_model, open_model_dir
 from devices import DTYPE_NAMES, KINDS, pick_device, pick_dtype
 from examinee import Examinee, Report
 from files import utf8_lines, write_json, write_text
@@ -47,7 +48,7 @@ from tokenizer import TEMPLATES, Tokenizer
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config:
+class Config(Adapted):
     model: Path = flag(help="model directory, or a run (then its newest step)")
     tasks: tuple[str, ...] = flag(("exam",), "what to measure: ppl, exam, continue; several with commas or spaces")
     data: tuple[str, ...] = flag(help="a root with one folder per task, or TASK=PATH …; for a single task also just PATH")
@@ -339,7 +340,7 @@ def write_reports(out: Path, config: Config, reports: dict[str, Report], about: 
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
-        text, lines = [f"# {config.model}", "", about, ""], {}
+        text, lines = [f"# {config.with_adapters(config.model)}", "", about, ""], {}
         for name, report in reports.items():
             text += [f"## {name}", "", report.headline, "", *(f"* {line}" for line in report.lines), ""]
             text += [*markdown_table(report.table[0], report.table[1:], NUMBERS), ""] if report.table else []
@@ -368,13 +369,16 @@ def main(config: Config) -> dict:
     if out and out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise UserError(f"--out {out} already exists; choose another directory, or remove it")
     paths = config.data_paths()
-    directory, llama, tokenizer = open_model_dir(config.model, config.rope_scaling, config.rope_factor)
+    adapters = config.adapters()
+    directory, llama, tokenizer = open_model_dir(config.model, config.rope_scaling, config.rope_factor, adapters)
     device = pick_device(config.device)
     dtype = pick_dtype(config.dtype, device)
-    examinee = Examinee(load_model(directory, device, dtype, config=llama), tokenizer, config)
+    storage = config.storage(directory)
+    examinee = Examinee(load_model(directory, device, dtype, config=llama, adapters=adapters, base_quant=storage), tokenizer, config)
     scaled = f", rope {config.rope_scaling} x {config.rope_factor:g}" if config.rope_scaling != "none" else ""
-    about = (f"{directory}: {human(examinee.model.num_parameters())} parameters, {DTYPE_NAMES[dtype]} on {device}, "
-             f"{examinee.context} tokens of context{scaled}")  # fmt: skip
+    quantised = f", projections in {storage}" if storage != "none" else ""
+    about = (f"{config.with_adapters(directory)}: {human(examinee.model.num_parameters())} parameters, {DTYPE_NAMES[dtype]} on {device}, "
+             f"{examinee.context} tokens of context{scaled}{quantised}")  # fmt: skip
     print(f"model     {about}")
     if examinee.context > llama.context_length:
         print(f"note      that is more than the {llama.context_length} tokens that the model was made for")

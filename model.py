@@ -27,7 +27,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from config import PRESETS, LlamaConfig
+from layers import Linear
 from loss import IGNORE, linear_cross_entropy, matmul_dtype, token_log_probs
+from sparse_attention import Groups, shifted_sparse_attention
 
 __all__ = ["IGNORE", "PRESETS", "KVCache", "Llama", "LlamaConfig", "rope_frequencies", "sample", "token_log_probs"]
 
@@ -139,23 +141,23 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(D, K * hd, bias=bias)
         self.o_proj = nn.Linear(H * hd, D, bias=bias)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: KVCache | None) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | Groups | None, cache: KVCache | None) -> Tensor:
         B, T, _ = x.shape
         q = self.q_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # [B, H, T, hd]
         k = self.k_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # [B, K, T, hd]
         v = self.v_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)
         q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
-        causal, grouped = mask is None and T > 1, q.shape[1] != k.shape[1]
+        causal, grouped, dropout = mask is None and T > 1, q.shape[1] != k.shape[1], self.dropout if self.training else 0.0
         if cache is not None:
             k, v = cache.update(self.layer, k.to(cache.keys.dtype), v.to(cache.values.dtype))
             k, v = k.to(q.dtype), v.to(q.dtype)
         if grouped and mask is not None and q.is_cuda:  # there only flash attention shares heads, and it takes no mask
             k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
             grouped = False
-        y = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=causal, dropout_p=self.dropout if self.training else 0.0,
-            enable_gqa=grouped,
-        )  # fmt: skip
+        if isinstance(mask, Groups):
+            y = shifted_sparse_attention(q, k, v, mask, dropout)
+        else:
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, dropout_p=dropout, enable_gqa=grouped)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
 
 
@@ -182,7 +184,7 @@ class Block(nn.Module):
         self.mlp = MLP(config)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: KVCache | None) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | Groups | None, cache: KVCache | None) -> Tensor:
         x = x + self.dropout(self.self_attn(self.input_layernorm(x), cos, sin, mask, cache))
         return x + self.dropout(self.mlp(self.post_attention_layernorm(x)))
 
@@ -208,7 +210,9 @@ class Llama(nn.Module):
         super().__init__()
         self.config = config
         self._frequencies: tuple | None = None  # (key, rotary frequencies, attention factor): see _rope
+        self.adapter_shapes: dict[str, torch.Size] = {}  # of parameters that were added to the architecture's: adapters.py
         self.checkpointing = False  # recompute each block in backward: less memory, about a third more time
+        self.group_size: int = 0  # tokens per group of shifted sparse attention, in training alone; 0: full attention
         self.model = Decoder(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.tie_weights()
@@ -248,20 +252,28 @@ class Llama(nn.Module):
                 yield name, torch.full(shape, 0.0 if name.endswith("bias") else 1.0, device="cpu")
 
     def parameter_shapes(self) -> dict[str, torch.Size]:
-        """name -> shape of the whole tensor, also where this process holds only a shard of it."""
+        """name -> shape of the whole tensor of every parameter of the architecture, also where this process holds only a shard of
+        it, and where it is packed."""
         with torch.device("meta"):
             return {name: parameter.shape for name, parameter in Llama(self.config).named_parameters()}
+
+    def trained_shapes(self) -> dict[str, torch.Size]:
+        """name -> whole shape of every parameter that learns, those of adapters too."""
+        shapes = self.parameter_shapes() | self.adapter_shapes
+        return {name: shapes[name] for name, parameter in self.named_parameters() if parameter.requires_grad}
 
     def num_parameters(self) -> int:
         return sum(shape.numel() for shape in self.parameter_shapes().values())
 
     def flops_per_token(self, length: int) -> int:
         """Floating-point operations of forward and backward per token: 6 per matrix weight, and attention's
-        12 · L · H · hd · length (PaLM, 2204.02311, appendix B)."""
-        c = self.config
-        embedding = 0 if c.tie_word_embeddings else c.vocab_size * c.hidden_size
-        attention = 12 * c.num_hidden_layers * c.num_attention_heads * c.head_dim * length
-        return 6 * (self.num_parameters() - embedding) + attention
+        12 · L · H · hd · length (PaLM, 2204.02311, appendix B). Backward goes through a frozen weight, but not to a gradient of
+        its own: 4 for each."""
+        c, learning = self.config, self.trained_shapes()
+        looked_up = () if c.tie_word_embeddings else ("model.embed_tokens",)
+        shapes = self.parameter_shapes() | self.adapter_shapes
+        weights = sum((6 if name in learning else 4) * shape.numel() for name, shape in shapes.items() if not name.startswith(looked_up))
+        return weights + 12 * c.num_hidden_layers * c.num_attention_heads * c.head_dim * length
 
     def forward(
         self,
@@ -283,7 +295,8 @@ class Llama(nn.Module):
         """
         x = self.hidden_states(tokens, cache=cache, positions=positions, doc_ids=doc_ids, rope_length=rope_length)
         if targets is not None:
-            return linear_cross_entropy(x, self.lm_head.weight, targets, denominator)
+            head = self.lm_head.dense() if isinstance(self.lm_head, Linear) else self.lm_head.weight
+            return linear_cross_entropy(x, head, targets, denominator)
         return self.lm_head(x[:, -1:] if last_only else x)
 
     def hidden_states(
@@ -310,7 +323,10 @@ class Llama(nn.Module):
             if cache and cache.starts is not None:
                 positions = (positions - cache.starts[:, None]).clamp(min=0)
         cos, sin = self._rope(positions, rope_length or (cache.capacity if cache else T))
-        mask = self._mask(T, start, tokens.device, doc_ids, cache.starts if cache else None)
+        if self.group_size and self.training and cache is None:
+            mask = Groups.of(T, self.group_size, self.config.num_attention_heads, doc_ids)
+        else:
+            mask = self._mask(T, start, tokens.device, doc_ids, cache.starts if cache else None)
 
         x = self.model.dropout(self.model.embed_tokens(tokens))
         for block in self.model.layers:

@@ -6,7 +6,7 @@
     DeepSpeed     --deepspeed 1|2|3|FILE.json: ZeRO by the deepspeed package; --offload moves state to the host's memory
 
     parallel = make_parallel(machine, config)
-    model = parallel.build(llama, trained=None)           # memory is there, values are not; None: all of it learns
+    model = parallel.build(llama, prepare)                # memory is there, values are not
     network = parallel.wrap(model, optimizer, ...)        # what the loop calls
     parallel.fill(tensors)                                # whole tensors in, one at a time
 
@@ -28,7 +28,7 @@ import json
 import logging
 import os
 import warnings
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 
 import torch
@@ -36,6 +36,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 import devices
+from layers import packed_layers
 from model import Llama, LlamaConfig
 from runtime import Machine, MachineConfig
 
@@ -51,7 +52,9 @@ def strategy_problems(config: MachineConfig) -> list[str]:
     if config.deepspeed is not None and config.fsdp:
         found.append("--fsdp and --deepspeed are two ways to do the same; choose one")
     if config.offload and config.deepspeed is None:
-        found.append("--offload needs --deepspeed 2 or 3")
+        found.append("--offload needs --deepspeed 2 or 3; without DeepSpeed there is --offload-optimizer")
+    if config.offload_optimizer and (config.fsdp or config.deepspeed is not None):
+        found.append("--offload-optimizer is for one device and for DDP; with --deepspeed use --offload")
     return found + too_small(config, "timeout")
 
 
@@ -74,10 +77,12 @@ class Replicated:
     def describe(self) -> str:
         return ", DDP" if self.machine.world > 1 else ""
 
-    def build(self, llama: LlamaConfig, trained: Collection[str] | None = None) -> Llama:
-        """The model, its parameters on the device in fp32 but without values: see fill(). `trained` names those that learn; None: all."""
+    def build(self, llama: LlamaConfig, prepare: Callable[[Llama], object] = lambda model: None) -> Llama:
+        """The model, its parameters on the device in fp32 but without values: see fill(). `prepare` changes it before it takes any
+        memory: freeze(), or adapters.attach()."""
         with torch.device("meta"):
-            model = freeze(Llama(llama), trained)
+            model = Llama(llama)
+            prepare(model)
         return model.to_empty(device=self.machine.device)
 
     def wrap(self, model: Llama, optimizer: torch.optim.Optimizer, *, clip: float, micro_batch: int, micro_batches: int) -> nn.Module:
@@ -89,7 +94,9 @@ class Replicated:
         if self.machine.world == 1:
             return model
         ids = [self.machine.device.index] if self.machine.device.index is not None else None
-        network = nn.parallel.DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)
+        # Buffers are packed weights, which no forward pass changes: they need not be sent round before each.
+        with warnings.catch_warnings(action="ignore", category=FutureWarning):  # its new name is only in the newest torch
+            network = nn.parallel.DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True, broadcast_buffers=False)
         # After its first backward DDP lays its buckets out anew, and where a number lies in a bucket decides in which order three
         # or more ranks add it up. Done here, the first step of a resumed run adds as the same step of an uninterrupted one.
         tokens = torch.zeros(1, 2, dtype=torch.long, device=self.machine.device)
@@ -131,9 +138,13 @@ class Replicated:
         return [name for name, parameter in self.parameters.items() if parameter.requires_grad]
 
     def fill(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
-        """Give the parameters their values: (name, whole tensor) of each, the same on every rank."""
+        """Give the parameters their values: (name, whole tensor) of each, the same on every rank. Packed weights are packed here."""
+        packed = packed_layers(self.model)
         for name, tensor in tensors:
-            self.write(name, tensor)
+            if name in packed:
+                packed[name].store(tensor.to(self.machine.device), name)
+            else:
+                self.write(name, tensor)
 
     def state_keys(self) -> list[str]:
         """What the optimizer keeps for each trained parameter: exp_avg, exp_avg_sq, step … Nothing before its first step."""
@@ -155,7 +166,8 @@ class Replicated:
             fused = self.optimizer.defaults.get("fused")
             self.optimizer.state[parameter][key] = tensor.to(self.machine.device if fused else "cpu")
         else:
-            self.optimizer.state[parameter][key] = self._part(tensor, parameter).to(parameter.device)
+            where = "cpu" if self.config.offload_optimizer else parameter.device
+            self.optimizer.state[parameter][key] = self._part(tensor, parameter).to(where)
 
     def _whole(self, tensor: Tensor) -> Tensor:
         return tensor
@@ -177,12 +189,13 @@ class Sharded(Replicated):
     def describe(self) -> str:
         return ", FSDP"
 
-    def build(self, llama: LlamaConfig, trained: Collection[str] | None = None) -> Llama:
+    def build(self, llama: LlamaConfig, prepare: Callable[[Llama], object] = lambda model: None) -> Llama:
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
         with torch.device("meta"):
-            model = freeze(Llama(llama), trained)
+            model = Llama(llama)
+            prepare(model)
         mesh = init_device_mesh(self.machine.device.type, (self.machine.world,))
         low = None if self.machine.dtype == torch.float32 else self.machine.dtype
         policy = MixedPrecisionPolicy(param_dtype=low, reduce_dtype=torch.float32, cast_forward_inputs=False)
@@ -260,14 +273,21 @@ class DeepSpeed(Replicated):
     def describe(self) -> str:
         return f", DeepSpeed ZeRO-{self.stage}" + ", offloaded to host memory" * self.config.offload
 
-    def build(self, llama: LlamaConfig, trained: Collection[str] | None = None) -> Llama:
+    def build(self, llama: LlamaConfig, prepare: Callable[[Llama], object] = lambda model: None) -> Llama:
         if self.stage < 3:
-            return super().build(llama, trained)
+            return super().build(llama, prepare)
         # Each weight is shared out as soon as it is made: no process ever holds the whole model.
         # (Init looks at precision and sharing only; the batch is told to wrap().)
-        with self.deepspeed.zero.Init(config_dict_or_path=self._settings(clip=1.0, micro_batch=1, micro_batches=1, check=False)):
+        settings = self._settings(clip=1.0, micro_batch=1, micro_batches=1, check=False)
+        with self.deepspeed.zero.Init(config_dict_or_path=settings):
             model = Llama(llama, init=False)
-        return freeze(model, trained)
+        prepare(model)
+        added = [parameter for parameter in model.parameters() if not hasattr(parameter, "ds_id")]
+        for parameter in added:
+            parameter.data = parameter.data.to(self.machine.dtype)
+        if added:
+            self.deepspeed.zero.Init(module=model, config_dict_or_path=settings)
+        return model
 
     def wrap(self, model: Llama, optimizer: torch.optim.Optimizer, **numbers) -> nn.Module:
         settings = self._settings(**numbers)
@@ -359,7 +379,8 @@ class DeepSpeed(Replicated):
         elif key is None:
             parameter.copy_(tensor)
         if not parameter.requires_grad:
-            self._keep_exact(name, tensor, parameter.dtype)
+            if not self.model.adapter_shapes:  # beside an adapter, what is frozen is not saved
+                self._keep_exact(name, tensor, parameter.dtype)
         elif self.stage == 3:
             self.zero.set_full_hp_param(tensor.float(), parameter, key)
         elif (slice_of := parameter._hp_mapping) is not None:

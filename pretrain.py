@@ -26,14 +26,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from adapters import AdapterConfig, AdapterFlags, attach, base_facts, first_values
 from checkpoint import DTYPES, load_state, model_tensors, resolve_model_dir, save_model, save_state, weights_identity
 from devices import DTYPE_NAMES, supports
 from files import file_sha256
 from model import IGNORE, PRESETS, Llama, LlamaConfig
-from parallel import make_parallel, strategy_problems
+from offload import HostAdamW
+from parallel import freeze, make_parallel, strategy_problems
 from progress import BatchHash, Metrics, Progress, count_skipped, human, plot_loss, read_metrics
 from runs import Finished, best_step, check_shared, claim_run, note_best, start_run
 from runtime import Machine, MachineConfig
+from sparse_attention import check_groups
 from token_files import Tokens, open_tokens
 from tokenizer import Tokenizer, load_tokenizer
 
@@ -41,7 +44,7 @@ EMBEDDINGS = ("model.embed_tokens.weight", "lm_head.weight")  # where a model me
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(MachineConfig):
+class Config(AdapterFlags, MachineConfig):
     data: Path = flag(Path("data/pretrain"), "token files: a directory of data_process.py pretrain, or a bare uint16 .bin")
     out: Path = flag(Path("out/pretrain"), "run directory")
     tokenizer: Path | None = flag(None, "default: the one in the data directory")
@@ -68,6 +71,7 @@ class Config(MachineConfig):
     clip: float = flag(1.0, "largest gradient norm")
     dropout: float = flag(0.0, "for many passes over little text")
     checkpointing: bool = flag(False, "recompute activations in backward: less memory, about a third more time")
+    s2_attn: bool = flag(False, "train with LongLoRA's shifted sparse attention: groups of a quarter of a sequence")
 
     log_every: int = flag(10, "steps between log lines")
     eval_every: int = flag(200, "steps between evaluations (loss, plot, samples)")
@@ -92,7 +96,10 @@ class Config(MachineConfig):
             found.append(f"--model {self.model} is neither a preset ({', '.join(PRESETS)}) nor a file")
         if self.train == "embeddings" and self.init_from is None and self.resume in ("auto", "never"):
             found.append("--train embeddings needs --init-from: the blocks of a new model are random numbers, and would stay so")
-        return found + strategy_problems(self)
+        if self.lora_rank is not None and (self.train != "all" or self.init_from is None):
+            found.append("--lora-rank goes beside --train-also, not --train" if self.init_from else
+                         "--lora-rank needs --init-from: beside random numbers an adapter learns nothing")  # fmt: skip
+        return found + self.adapter_problems() + strategy_problems(self)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -158,12 +165,13 @@ def learning_rate(step: int, steps: int, config: Config) -> float:
 
 def make_optimizer(model: Llama, config: Config, machine: Machine) -> torch.optim.AdamW:
     """AdamW for what is trained; weight decay pulls on matrices only, not on norms and biases."""
-    shapes = model.parameter_shapes()  # a shard's own shape does not tell what it is a part of
+    shapes = model.trained_shapes()  # a shard's own shape does not tell what it is a part of
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     matrices, vectors = ([p for name, p in trained if (len(shapes[name]) > 1) == wanted] for wanted in (True, False))
     groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
     groups = [group for group in groups if group["params"]]  # the embedding and the head have no vectors
-    return torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, config.beta2), fused=supports(machine.device.type, "fused_adamw"))
+    adamw = HostAdamW if config.offload_optimizer else torch.optim.AdamW
+    return adamw(groups, lr=config.lr, betas=(0.9, config.beta2), fused=supports(machine.device.type, "fused_adamw"))
 
 
 @torch.no_grad()
@@ -205,7 +213,8 @@ def write_samples(model: Llama, tokenizer: Tokenizer, tokens: Tokens, path: Path
     return lines[0].replace("\n", "⏎")
 
 
-def prepare(config: Config, machine: Machine, origin: Path | None) -> tuple[Tokens, Tokens | None, Tokenizer, LlamaConfig]:
+def prepare(config: Config, machine: Machine,
+            origin: Path | None) -> tuple[Tokens, Tokens | None, Tokenizer, LlamaConfig, AdapterConfig | None]:  # fmt: skip
     """Everything that can be wrong with the input is found here, before anything is allocated."""
     if not config.data.exists():
         raise UserError(
@@ -237,41 +246,50 @@ def prepare(config: Config, machine: Machine, origin: Path | None) -> tuple[Toke
     if len(train) < seq_len + 1:
         raise UserError(f"{config.data} holds {len(train)} tokens, fewer than one sequence of {seq_len} + 1; lower --seq-len or add text")
     machine.check_batch_size(config.batch_size)
-    return train, val, tokenizer, dataclasses.replace(llama, dropout=config.dropout)
+    if config.s2_attn:
+        check_groups(llama, seq_len)
+    return train, val, tokenizer, dataclasses.replace(llama, dropout=config.dropout), config.adapter(llama)
 
 
 def main(config: Config) -> dict:
     with Machine(config) as machine, machine.explain_out_of_memory("lower --micro-batch or --seq-len, or add --checkpointing or --fsdp"):
         origin = machine.on_main(lambda: config.init_from and resolve_model_dir(config.init_from))
-        train, val, tokenizer, llama = machine.together(lambda: prepare(config, machine, origin))
+        train, val, tokenizer, llama, adapter = machine.together(lambda: prepare(config, machine, origin))
         seq_len = config.seq_len or llama.context_length
         batches = Batches(train.tokens, seq_len, config.batch_size, config.seed)
         splits = train.meta.get("splits", {"train": {"sha256": file_sha256(train.path)}})
         identity = {"data": [split["sha256"] for split in splits.values()], "tokenizer": tokenizer.fingerprint,
                     "dtype": DTYPE_NAMES[machine.dtype],
                     "first weights": weights_identity(origin) if origin else None}  # fmt: skip
+        talk = f"--model {config.init_from} --adapter {config.out}" if adapter else f"--model {config.out}"
         try:
             resume_from = claim_run(machine, config, identity=identity)
         except Finished:
-            machine.print(f"{config.out} is finished: nothing to do. Talk to it: python chat.py --model {config.out}")
+            machine.print(f"{config.out} is finished: nothing to do. Talk to it: python chat.py {talk}")
             return {key: value for line in read_metrics(config.out / "metrics.jsonl") for key, value in line.items()}
         parallel = make_parallel(machine, config)
-        model = parallel.build(llama, trained=EMBEDDINGS if config.train == "embeddings" else None)
+        if adapter:
+            base = machine.on_main(lambda: base_facts(origin, llama, config.base_quant))
+            adapter = dataclasses.replace(adapter, base=base)
+            model = parallel.build(llama, lambda model: attach(model, adapter, config.base_quant, machine.dtype))
+        else:
+            model = parallel.build(llama, lambda model: freeze(model, EMBEDDINGS if config.train == "embeddings" else None))
         model.checkpointing = config.checkpointing
         optimizer = make_optimizer(model, config, machine)
         per_rank = config.batch_size // machine.world
         network = parallel.wrap(model, optimizer, clip=config.clip, micro_batch=min(config.micro_batch, per_rank),
                                 micro_batches=math.ceil(per_rank / config.micro_batch))  # fmt: skip
-        shapes = model.parameter_shapes()
-        trained = sum(shapes[name].numel() for name in parallel.trained)
+        trained = sum(shape.numel() for shape in model.trained_shapes().values())
         state = {"stage": "pretrain", "step": 0, "sequences": 0, "skipped": 0, "best": None}
+        model.group_size = seq_len // 4 if config.s2_attn else 0  # not before DDP has warmed up, on two tokens
         torch.manual_seed(config.seed + machine.rank)  # the same weights everywhere, but each rank drops out on its own
+        if adapter or not resume_from:
+            first = model_tensors(origin, llama) if origin else model.initial_weights(config.seed)
+            parallel.fill(first_values(first, model, config.seed) if adapter else first)
         if resume_from:
-            state = load_state(resume_from, stage="pretrain", parallel=parallel, tokenizer=tokenizer)
+            state = load_state(resume_from, stage="pretrain", parallel=parallel, tokenizer=tokenizer, adapter=adapter)
             if resume_from.parent != config.out or config.resume_anyway:
                 state["best"] = None  # measured elsewhere, or on other data
-        else:
-            parallel.fill(model_tensors(origin, llama) if origin else model.initial_weights(config.seed))
         if resume_from is None or resume_from.parent != config.out or config.resume_anyway:
             facts = {"parameters": model.num_parameters(), "trained": trained, "device": machine.describe(), "torch": torch.__version__}
             machine.on_main(lambda: start_run(config.out, config, identity, facts))
@@ -284,7 +302,9 @@ def main(config: Config) -> dict:
 
         tokens_per_step = config.batch_size * seq_len
         machine.print(f"model     {human(model.num_parameters())} parameters, vocabulary {llama.vocab_size:,}, {seq_len} tokens of context")
-        if config.train == "embeddings":
+        if adapter:
+            machine.print(f"adapter   {adapter.describe(llama, config.base_quant)}; {human(trained)} parameters learn")
+        elif config.train == "embeddings":
             machine.print(f"          {human(trained)} of them are trained: {', '.join(parallel.trained)}")
         machine.print(f"data      {human(len(train))} tokens from {config.data}; {steps:,} steps of {config.batch_size} x {seq_len} = "
                       f"{human(tokens_per_step)} tokens, {steps * tokens_per_step / len(train):.2f} epochs")  # fmt: skip
@@ -292,8 +312,7 @@ def main(config: Config) -> dict:
                       + (f"; resuming at step {state['step']:,} from {resume_from}" if resume_from else ""))  # fmt: skip
         network.train()
 
-        # Backward goes through a frozen weight, but not to its own gradient: 4 operations for each and token, not 6.
-        flops = model.flops_per_token(seq_len) - 2 * (model.num_parameters() - trained)
+        flops = model.flops_per_token(model.group_size or seq_len)
         progress = Progress(machine, metrics, steps=steps, first=state["step"], flops_per_token=flops)
         first, saved = state["step"], resume_from
         while True:
@@ -304,7 +323,7 @@ def main(config: Config) -> dict:
                 if step > first and (last or stop or step % config.save_every == 0):
                     state["batch_hash"] = batch_hash.total()
                     saved = save_state(config.out, parallel=parallel, tokenizer=tokenizer, state=state, keep=config.keep,
-                                       needed=last or stop) or saved  # fmt: skip
+                                       needed=last or stop, adapter=adapter) or saved  # fmt: skip
                 if stop and not last:
                     machine.stopped(step, saved)
                     break
@@ -361,10 +380,10 @@ def main(config: Config) -> dict:
                 progress.log(step, tokens=state["sequences"] * seq_len, loss=loss, lr=rate, norm=norm, batch_hash=batch_hash.total())
         progress.bar.close()
         if last:
-            save_model(model, config.out, tokenizer, dtype=DTYPES[config.save_dtype], parallel=parallel)
+            save_model(model, config.out, tokenizer, dtype=DTYPES[config.save_dtype], parallel=parallel, adapter=adapter)
             if (best := best_step(config.out, state)) is not None:
                 machine.print(f"best      {best}")
-            following = ("sft.py --init-from {} --data data/sft" if config.train == "all" else
+            following = (f"chat.py {talk}" if adapter else "sft.py --init-from {} --data data/sft" if config.train == "all" else
                          "pretrain.py --init-from {}, which trains all parameters, with the same --data and another --out")  # fmt: skip
             machine.print(f"done: {config.out}. Next: python {following.format(config.out)}")
         machine.barrier()

@@ -25,6 +25,7 @@ from files import file_sha256, fsync_directory, lock, write_json
 
 STEP_NAME = re.compile(r"step-(\d{6,})$")
 STATE_FORMAT = 2  # of state.json and the files beside it
+LAST_WRITTEN = ("config.json", "adapter_config.json")  # one of them, of a run that is finished
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Steps
@@ -189,7 +190,7 @@ def open_run(out: Path, config, *, identity: dict) -> Path | None:
         raise UserError(f"--out {out} holds something that is not a run of ours; choose another directory")
     if resume == "never":
         raise UserError(f"--out {out} already holds a run; choose another directory, delete it, or leave out --resume never")
-    stored, newest, finished = read_json(out / "args.json"), newest_step(out), (out / "config.json").exists()
+    stored, newest, finished = read_json(out / "args.json"), newest_step(out), is_finished(out)
     if named and stored.get("resume") != resume and (newest is None or named.resolve() != newest.resolve()):
         raise UserError(f"--out {out} already holds another run: to go on from {named}, choose another directory")
     if newest is None and not finished:  # it ended before there was anything to keep
@@ -214,6 +215,10 @@ def open_run(out: Path, config, *, identity: dict) -> Path | None:
     elif finished:
         raise Finished(out)
     return newest
+
+
+def is_finished(out: Path) -> bool:
+    return any((out / name).exists() for name in LAST_WRITTEN)
 
 
 def check_shared(path: Path | None) -> None:
@@ -252,5 +257,6 @@ class lock_run:
 def start_run(out: Path, config, identity: dict, facts: dict) -> None:
     """Create the run directory with args.json: the settings, and under "run" what they met (never read as settings)."""
     out.mkdir(parents=True, exist_ok=True)
-    (out / "config.json").unlink(missing_ok=True)  # a finished run that goes on is not finished
+    for name in LAST_WRITTEN:  # a finished run that goes on is not finished
+        (out / name).unlink(missing_ok=True)
     write_json(out / "args.json", {**config_to_dict(config), "run": {"identity": identity, **facts}})

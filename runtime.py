@@ -49,10 +49,11 @@ class MachineConfig:
     fsdp: bool = flag(False, "share weights, gradients and optimizer out among the devices: for a model that one cannot hold")
     deepspeed: str | None = flag(None, "the same with DeepSpeed ZeRO: stage 1, 2 or 3, or a DeepSpeed config FILE.json")
     offload: bool = flag(False, "with --deepspeed: keep the optimizer, at stage 3 also the weights, in the host's memory")
+    offload_optimizer: bool = flag(False, "keep AdamW's two numbers per trained parameter in the host's memory; slower")
     timeout: float = flag(10.0, "minutes to wait for another process before it counts as lost")
 
     # What decides how fast a result comes, not what it is: a resumed run may have it otherwise.
-    HARMLESS = frozenset({"device", "compile", "deterministic", "fsdp", "deepspeed", "offload", "timeout"})
+    HARMLESS = frozenset({"device", "compile", "deterministic", "fsdp", "deepspeed", "offload", "offload_optimizer", "timeout"})
 
 
 class Machine:

@@ -1,6 +1,7 @@
-"""Supervised fine-tuning: learn to answer, from conversations; only the answers count in the loss.
+"""Supervised fine-tuning: learn to answer, from conversations; only the answers count in the loss (--loss-on all: every token does).
 
-    in     a model directory (--init-from) and train.jsonl, val.jsonl of {"messages": [{"role": …, "content": …}]}
+    in     a model directory (--init-from) and train.jsonl, val.jsonl of {"messages": [{"role": …, "content": …}]}, or of
+           [{"role": …, "text": …}], chinese-llama-65b's layout
     out    out/sft    a Hugging Face model directory with the chat template, metrics.jsonl, loss.png, samples.txt
 
     python sft.py --init-from out/pretrain --data data/sft
@@ -25,6 +26,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from adapters import AdapterFlags, attach, base_facts, first_values
 from checkpoint import (
     DTYPES,
     load_state,
@@ -38,20 +40,24 @@ from checkpoint import (
 from devices import DTYPE_NAMES, supports
 from files import file_sha256
 from model import IGNORE, Llama
+from offload import HostAdamW
 from parallel import make_parallel, strategy_problems
 from progress import BatchHash, Metrics, Progress, count_skipped, human, plot_loss, read_metrics
 from runs import Finished, best_step, check_shared, claim_run, note_best, start_run
 from runtime import Machine, MachineConfig
-from tokenizer import Tokenizer
+from sparse_attention import check_groups
+from tokenizer import TEMPLATES, Tokenizer
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(MachineConfig):
+class Config(AdapterFlags, MachineConfig):
     init_from: Path = flag(Path("out/pretrain"), "model directory to fine-tune")
     data: Path = flag(Path("data/sft"), "directory with train.jsonl and val.jsonl, or one .jsonl file")
     out: Path = flag(Path("out/sft"), "run directory")
     template: str = flag("auto", "chat template; auto: the model directory's own, else chatml, else baby",
-                         choices=("auto", "baby", "chatml", "llama2", "llama3"))  # fmt: skip
+                         choices=("auto", *TEMPLATES))  # fmt: skip
+    loss_on: str = flag("answers", "what is learned: the answers and their ends, or every token of a conversation but its first",
+                        choices=("answers", "all"))  # fmt: skip
     fresh_weights: bool = flag(False, "the control: random weights in place of those of --init-from")
     rope_scaling: str = flag("none", "read further than the model was trained", choices=("none", "linear", "dynamic", "yarn"))
     rope_factor: float = flag(4.0, "how many times as far, with --rope-scaling")
@@ -71,6 +77,7 @@ class Config(MachineConfig):
     clip: float = flag(1.0, "largest gradient norm")
     dropout: float = flag(0.0, "against learning few conversations by heart")
     checkpointing: bool = flag(False, "recompute activations in backward: less memory, about a third more time")
+    s2_attn: bool = flag(False, "train with LongLoRA's shifted sparse attention: groups of a quarter of a row")
 
     log_every: int = flag(10, "steps between log lines")
     eval_every: int = flag(200, "steps between evaluations (loss, plot, samples)")
@@ -91,7 +98,9 @@ class Config(MachineConfig):
         found += too_small(self, "min_lr", "warmup", "weight_decay", "beta2", "seed", "dropout", least=0)
         found += [f"--{name} must be below 1, not {getattr(self, name)}" for name in ("beta2", "dropout") if getattr(self, name) >= 1]
         found += too_small(self, "steps", least=1) + too_small(self, "seq_len", least=8)
-        return found + strategy_problems(self)
+        if self.s2_attn and not self.packing:
+            found.append("--s2-attn needs --packing: rows of one length, which groups divide")
+        return found + self.adapter_problems() + strategy_problems(self)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -101,28 +110,35 @@ class Config(MachineConfig):
 class Conversations:
     """All conversations of a file, tokenised: ids and the mask of what is learned, one after the other in flat arrays."""
 
-    def __init__(self, path: Path, tokenizer: Tokenizer, template: str, seq_len: int, quiet: bool = False):
-        """Raises UserError naming the line of a broken record, or if no conversation has an answer to learn."""
+    def __init__(self, path: Path, tokenizer: Tokenizer, template: str, seq_len: int, loss_on: str = "answers", quiet: bool = False):
+        """Raises UserError naming the line of a broken record, or if there is nothing to learn."""
         ids, masks, self.truncated, self.empty = [], [], 0, 0
         self.questions: list[list[dict]] = []  # what comes before the first answer, for samples.txt
         records = tqdm(read_messages(path), desc=f"tokenising {path.name}", disable=True if quiet else None, leave=False)
         for line, messages in records:
             try:
-                tokens, mask = tokenizer.render(messages, template=template)
+                if isinstance(messages, str):  # a document, as pretraining reads it
+                    tokens = tokenizer.encode(messages, bos=tokenizer.add_bos, eos=tokenizer.eos_id is not None)
+                    mask = [0] * len(tokens)
+                else:
+                    tokens, mask = tokenizer.render(messages, template=template)
             except UserError as error:
                 raise UserError(f"{path}:{line}: {error}") from None
+            if any(mask) and len(self.questions) < 5:
+                self.questions.append(messages[: [turn["role"] for turn in messages].index("assistant")])
+            if loss_on == "all":
+                mask = [0] + [1] * (len(tokens) - 1)  # nothing comes before the first token to predict it from
             if not any(mask):
                 self.empty += 1
                 continue
-            if len(self.questions) < 5:
-                self.questions.append(messages[: [turn["role"] for turn in messages].index("assistant")])
             if len(tokens) > seq_len + 1:
                 tokens, mask = truncate(tokens, mask, seq_len + 1)
                 self.truncated += 1
             ids.append(np.array(tokens, dtype=np.uint32))
             masks.append(np.array(mask, dtype=bool))
         if not ids:
-            raise UserError(f"{path} has no conversation with an assistant turn: there is nothing to learn")
+            raise UserError(f"{path} has no conversation with an assistant turn: there is nothing to learn"
+                            + (f"; --loss-on all learns all tokens of its {self.empty:,} other lines" if self.empty else ""))  # fmt: skip
         self.ends = np.cumsum([len(i) for i in ids])
         self.ids, self.masks = np.concatenate(ids), np.concatenate(masks)
         self.lengths = np.diff(self.ends, prepend=0) - 1  # positions that predict something: all but the last token
@@ -137,21 +153,39 @@ class Conversations:
         return self.ids[start : self.ends[i]].astype(np.int64), self.masks[start : self.ends[i]]
 
 
-def read_messages(path: Path) -> list[tuple[int, list]]:
-    """(line number, "messages") of each line of a JSON-lines file. Raises UserError naming file and line."""
+def read_messages(path: Path) -> list[tuple[int, list | str]]:
+    """(line number, messages) of each line of a JSON-lines file in one of two layouts:
+
+        {"messages": [{"role": …, "content": …}, …]}
+        [{"role": …, "text": …}, …]                    chinese-llama-65b's; a list of one is a text by itself: a str
+
+    Raises UserError naming file and line.
+    """
     try:
         lines = path.read_text(encoding="utf-8-sig").split("\n")  # not splitlines(): U+2028 may stand in a text
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path} cannot be read as UTF-8 text: {error}") from None
-    conversations = []
+    conversations, kinds = [], set()
     for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
         try:
-            if line.strip():
-                conversations.append((number, json.loads(line)["messages"]))
+            record = json.loads(line)
+            if isinstance(record, list):
+                turns = [{"role": turn.get("role"), "content": turn["text"]} for turn in record]
+                messages = turns[0]["content"] if len(turns) == 1 else turns
+            elif isinstance(messages := record["messages"], str):
+                raise TypeError
         except json.JSONDecodeError as error:
             raise UserError(f"{path}:{number}: not valid JSON: {error.msg}") from None
-        except (KeyError, TypeError):
-            raise UserError(f'{path}:{number}: no "messages"; python data_process.py sft makes this format from others') from None
+        except (KeyError, TypeError, AttributeError):
+            raise UserError(f'{path}:{number}: no "messages", nor a list of {{"role": …, "text": …}}; python data_process.py sft makes the '
+                            "first of other formats") from None  # fmt: skip
+        conversations.append((number, messages))
+        kinds.add(type(record))
+        if len(kinds) > 1:
+            raise UserError(f'{path}:{number}: here the file changes between {{"messages": […]}} and lists of {{"role": …, "text": …}}; '
+                            "give each a file of its own")  # fmt: skip
     return conversations
 
 
@@ -271,7 +305,7 @@ def learning_rate(step: int, steps: int, config: Config) -> float:
 
 @torch.no_grad()
 def evaluate(model: Llama, batches: Batches, config: Config, parallel) -> dict:
-    """Loss in nats per answer token over the whole validation file, its rows spread over all ranks."""
+    """Loss in nats per learned token over the whole validation file, its rows spread over all ranks."""
     model.eval()
     machine, rows, nats = parallel.machine, batches.rows, 0.0
     for start in range(0, len(rows), config.micro_batch * machine.world):  # all ranks go round equally often: a shared-out model needs all
@@ -313,23 +347,27 @@ def prepare(config: Config, machine: Machine, origin: Path):
         raise UserError(f"--data {config.data} has no train.jsonl; make it: "
                         f"python data_process.py sft --dataset NAME=PATH --out {config.data}")
     val = val if val and val.exists() and val.stat().st_size else None
-    return dataclasses.replace(llama, dropout=config.dropout), tokenizer, template, train, val
+    if config.s2_attn:
+        check_groups(llama, config.seq_len or llama.context_length)
+    return dataclasses.replace(llama, dropout=config.dropout), config.adapter(llama), tokenizer, template, train, val
 
 
 def main(config: Config) -> dict:
     with Machine(config) as machine, machine.explain_out_of_memory("lower --micro-batch or --seq-len, or add --checkpointing or --fsdp"):
         origin = machine.on_main(lambda: resolve_model_dir(config.init_from))
-        llama, tokenizer, template, train_file, val_file = machine.together(lambda: prepare(config, machine, origin))
+        llama, adapter, tokenizer, template, train_file, val_file = machine.together(lambda: prepare(config, machine, origin))
         seq_len = config.seq_len or llama.context_length
+        talk = f"--model {config.init_from} --adapter {config.out}" if adapter else f"--model {config.out}"
         identity = {"data": [file_sha256(file) for file in (train_file, val_file) if file], "tokenizer": tokenizer.fingerprint,
                     "dtype": DTYPE_NAMES[machine.dtype], "first weights": weights_identity(origin)}
         try:
             resume_from = None if config.show_batch else claim_run(machine, config, identity=identity)
         except Finished:
-            machine.print(f"{config.out} is finished: nothing to do. Talk to it: python chat.py --model {config.out}")
+            machine.print(f"{config.out} is finished: nothing to do. Talk to it: python chat.py {talk}")
             return {key: value for line in read_metrics(config.out / "metrics.jsonl") for key, value in line.items()}
-        train = machine.together(lambda: Conversations(train_file, tokenizer, template, seq_len, quiet=not machine.main))
-        val = machine.together(lambda: Conversations(val_file, tokenizer, template, seq_len, quiet=True) if val_file else None)
+        train = machine.together(lambda: Conversations(train_file, tokenizer, template, seq_len, config.loss_on, quiet=not machine.main))
+        val = machine.together(lambda: Conversations(val_file, tokenizer, template, seq_len, config.loss_on, quiet=True)
+                               if val_file else None)  # fmt: skip
         pad = tokenizer.eos_id if tokenizer.pad_id is None else tokenizer.pad_id
         batches = Batches(train, seq_len, config.batch_size, config.epochs, config.packing, config.seed, pad, steps=config.steps)
         val_batches = Batches(val, seq_len, config.batch_size, 1, config.packing, None, pad) if val else None
@@ -339,26 +377,37 @@ def main(config: Config) -> dict:
             return {"rows": len(batches.rows)}
 
         parallel = make_parallel(machine, config)
-        model = parallel.build(llama)
+        if adapter:
+            base = machine.on_main(lambda: base_facts(origin, llama, config.base_quant))
+            adapter = dataclasses.replace(adapter, base=base)
+            model = parallel.build(llama, lambda model: attach(model, adapter, config.base_quant, machine.dtype))
+        else:
+            model = parallel.build(llama)
         model.checkpointing = config.checkpointing
-        shapes = model.parameter_shapes()  # a shard's own shape does not tell what it is a part of
-        matrices, vectors = ([p for name, p in model.named_parameters() if (len(shapes[name]) > 1) == wanted] for wanted in (True, False))
+        shapes = model.trained_shapes()  # a shard's own shape does not tell what it is a part of
+        learning = {name: parameter for name, parameter in model.named_parameters() if name in shapes}
+        matrices, vectors = ([p for name, p in learning.items() if (len(shapes[name]) > 1) == wanted] for wanted in (True, False))
         groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-        optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, config.beta2), fused=supports(machine.device.type, "fused_adamw"))
+        groups = [group for group in groups if group["params"]]  # an adapter may have no vectors
+        adamw = HostAdamW if config.offload_optimizer else torch.optim.AdamW
+        optimizer = adamw(groups, lr=config.lr, betas=(0.9, config.beta2), fused=supports(machine.device.type, "fused_adamw"))
         per_rank = config.batch_size // machine.world
         network = parallel.wrap(model, optimizer, clip=config.clip, micro_batch=min(config.micro_batch, per_rank),
                                 micro_batches=math.ceil(per_rank / config.micro_batch))  # fmt: skip
+        trained = sum(shape.numel() for shape in shapes.values())
         state = {"stage": "sft", "step": 0, "rows": 0, "tokens": 0, "skipped": 0, "best": None}
+        model.group_size = seq_len // 4 if config.s2_attn else 0  # not before DDP has warmed up, on two tokens
         torch.manual_seed(config.seed + machine.rank)  # the same weights everywhere, but each rank drops out on its own
+        if adapter or not resume_from:
+            first = model.initial_weights(config.seed) if config.fresh_weights else model_tensors(origin, llama)
+            parallel.fill(first_values(first, model, config.seed) if adapter else first)
         if resume_from:
-            state = load_state(resume_from, stage="sft", parallel=parallel, tokenizer=tokenizer)
+            state = load_state(resume_from, stage="sft", parallel=parallel, tokenizer=tokenizer, adapter=adapter)
             if resume_from.parent != config.out or config.resume_anyway:
                 state["best"] = None  # measured elsewhere, or on other data
-        else:
-            parallel.fill(model.initial_weights(config.seed) if config.fresh_weights else
-                          model_tensors(origin, llama))  # fmt: skip
         if resume_from is None or resume_from.parent != config.out or config.resume_anyway:
-            facts = {"parameters": model.num_parameters(), "device": machine.describe(), "torch": torch.__version__, "template": template}
+            facts = {"parameters": model.num_parameters(), "trained": trained, "device": machine.describe(), "torch": torch.__version__,
+                     "template": template}  # fmt: skip
             machine.on_main(lambda: start_run(config.out, config, identity, facts))
         machine.together(lambda: check_shared(config.out / "args.json"))
         # Not all steps so far need have had this batch size.
@@ -371,7 +420,9 @@ def main(config: Config) -> dict:
         learned = batches.data.learned.sum() / batches.data.lengths.sum()
         weights = "random numbers" if config.fresh_weights else config.init_from
         machine.print(f"model     {human(model.num_parameters())} parameters from {weights}, template {template}")
-        machine.print(f"data      {len(train):,} conversations from {train_file}, {learned:.0%} of their tokens are answers; "
+        if adapter:
+            machine.print(f"adapter   {adapter.describe(llama, config.base_quant)}; {human(trained)} parameters learn")
+        machine.print(f"data      {len(train):,} conversations from {train_file}, {learned:.0%} of their tokens are learned; "
                       f"{train.truncated:,} cut to {seq_len} tokens, {train.empty:,} without an answer left out")
         filled = sum(int(train.lengths[i]) for row in batches.rows for i in row) / (len(batches.rows) * seq_len)
         machine.print(f"          {len(batches.rows):,} rows, {filled:.0%} filled; {steps:,} steps of {config.batch_size} rows")
@@ -379,7 +430,8 @@ def main(config: Config) -> dict:
                       + (f"; resuming at step {state['step']:,} from {resume_from}" if resume_from else ""))  # fmt: skip
         network.train()
 
-        progress = Progress(machine, metrics, steps=steps, first=state["step"], flops_per_token=model.flops_per_token(seq_len))
+        flops = model.flops_per_token(model.group_size or seq_len)
+        progress = Progress(machine, metrics, steps=steps, first=state["step"], flops_per_token=flops)
         first, saved = state["step"], resume_from
         while True:
             step, stop = state["step"], machine.should_stop()
@@ -389,7 +441,7 @@ def main(config: Config) -> dict:
                 if step > first and (last or stop or step % config.save_every == 0):
                     state["batch_hash"] = batch_hash.total()
                     saved = save_state(config.out, parallel=parallel, tokenizer=tokenizer, state=state, template=template,
-                                       keep=config.keep, needed=last or stop) or saved  # fmt: skip
+                                       keep=config.keep, needed=last or stop, adapter=adapter) or saved  # fmt: skip
                 if stop and not last:
                     machine.stopped(step, saved)
                     break
@@ -400,8 +452,8 @@ def main(config: Config) -> dict:
                         metrics.write(step=step, tokens=state["tokens"], **result)
                         note_best(state, result["val_loss"], saved)
                         title += f", validation loss {result['val_loss']:.3f}"
-                    if machine.main or parallel.sharded:
-                        questions = (val or train).questions
+                    questions = (val or train).questions
+                    if questions and (machine.main or parallel.sharded):
                         sample = write_samples(model, tokenizer, template, questions, config.out / "samples.txt", title, parallel)
                         machine.print(f"   {title} │ {sample[:60]}")
                     if machine.main:
@@ -448,10 +500,11 @@ def main(config: Config) -> dict:
                 progress.log(step, tokens=state["tokens"], loss=loss, lr=rate, norm=norm, batch_hash=batch_hash.total())
         progress.bar.close()
         if last:
-            save_model(model, config.out, tokenizer, dtype=DTYPES[config.save_dtype], template=template, parallel=parallel)
+            save_model(model, config.out, tokenizer, dtype=DTYPES[config.save_dtype], template=template, parallel=parallel,
+                       adapter=adapter)  # fmt: skip
             if (best := best_step(config.out, state)) is not None:
                 machine.print(f"best      {best}")
-            machine.print(f"done: {config.out}. Next: python chat.py --model {config.out}")
+            machine.print(f"done: {config.out}. Next: python chat.py {talk}")
         machine.barrier()
         return metrics.last
 

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from files import write_json, written_beside
 from model import Llama, LlamaConfig
+from nf4 import STATE, Packed, damaged, dequantise, from_bitsandbytes, read_state
 from tokenizer import Tokenizer, load_tokenizer
 from torch_files import TorchFile, tensor_bytes
 
@@ -34,25 +35,40 @@ SAFETENSORS_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.f
                       "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}  # fmt: skip
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 COMPUTED = "rotary_emb.inv_freq"  # old tools stored the rotary frequencies; every reader computes them
+# What bitsandbytes stores in the place of a weight of 4 bits: the ends of the names. The last one tells the rest.
+PACKED = ("", ".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map", f".{STATE}nf4")
+# Ends of names by which other quantisations are known, where config.json does not say which it is.
+UNREAD = {".SCB": "bitsandbytes' LLM.int8", f".{STATE}fp4": "bitsandbytes' fp4", ".qweight": "GPTQ or AWQ"}
 
 
 @dataclass(frozen=True)
 class Lazy:
     """A tensor that is still where it lies: in a file, and then `read()` gives it whole on the CPU in memory of its own, so that
-    the file may go; or in a model that is being saved."""
+    the file may go; or in a model that is being saved.
+
+    storage, packed: of a weight that lies quantised in its file, how (a key of layers.STORAGES), and what reads its codes.
+    """
 
     shape: torch.Size
     dtype: torch.dtype
     read: Callable[[], Tensor]
+    storage: str = "none"
+    packed: Callable[[], Packed] | None = None
 
     @property
     def nbytes(self) -> int:
         return self.shape.numel() * self.dtype.itemsize
 
+    def stored(self, storage: str) -> Tensor | Packed:
+        """For a layer that keeps its weight so: the codes, exactly, where the file has those; else the numbers."""
+        return self.packed() if self.packed and self.storage == storage else self.read()
+
     def to(self, dtype: torch.dtype | None) -> Lazy:
         """The same tensor, cast after it is read. None keeps its dtype."""
         if dtype in (None, self.dtype):
             return self
+        if self.packed:  # not rounded twice
+            return Lazy(self.shape, dtype, lambda: dequantise(self.packed(), dtype))
         return dataclasses.replace(self, dtype=dtype, read=lambda: self.read().to(dtype))
 
 
@@ -179,7 +195,7 @@ def stored_tensors(directory: Path, mapped: bool = False) -> dict[str, Lazy]:
     where: dict[str, str] = {}
     files = weight_files(directory)
     for file in files:
-        for name, lazy in (_safetensors if file.suffix == ".safetensors" else _bin)(file, mapped).items():
+        for name, lazy in tensors_in(file, mapped).items():
             if name in tensors:
                 raise UserError(f"{directory}: {name} is in {where[name]} and in {file.name}; one of the two does not belong there")
             tensors[name], where[name] = lazy, file.name
@@ -192,6 +208,11 @@ def stored_tensors(directory: Path, mapped: bool = False) -> dict[str, Lazy]:
             more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
             raise UserError(f"{index} is wrong: {'; '.join(wrong[:3])}{more}; copy it again with its weights")
     return tensors
+
+
+def tensors_in(file: Path, mapped: bool = False) -> dict[str, Lazy]:
+    """name -> Lazy of all tensors of one file, .safetensors or .bin. UserError if it cannot be read."""
+    return (_safetensors if file.suffix == ".safetensors" else _bin)(file, mapped)
 
 
 def _safetensors(file: Path, mapped: bool) -> dict[str, Lazy]:
@@ -245,15 +266,18 @@ def open_weights(directory: Path, tokenizer: Tokenizer | None = None) -> Weights
     facts = {"files": f"{len(files)} {files[0].suffix}"}
     if len(files) == 1 and (directory / f"{files[0].name}.index.json").exists():
         odd = [*odd, f"{files[0].name} is read; the shards that its index names beside it are not"]
+    if packed := [lazy.storage for lazy in tensors.values() if lazy.packed]:
+        facts["quantised"] = f"{len(packed)} weights in {' and '.join(sorted(set(packed)))}, in bitsandbytes' layout"
     return Weights(config, tensors, tokenizer or (load_tokenizer(directory) if own else None), facts=facts, odd=odd)
 
 
 def parameters_in(directory: Path, config: LlamaConfig, mapped: bool = False) -> tuple[dict[str, Lazy], list[str]]:
     """The parameters of this architecture among a directory's tensors, and remarks on those that were left out.
 
-    Raises UserError that names every missing, unknown and misshapen tensor.
+    Weights that bitsandbytes has packed in nf4 are dequantised as they are read. Raises UserError that names every missing, unknown
+    and misshapen tensor, or another quantisation.
     """
-    stored, odd = stored_tensors(directory, mapped), []
+    stored, odd = joined(stored_tensors(directory, mapped), directory), []
     if frequencies := [name for name in stored if name.endswith(COMPUTED)]:
         odd += [f"{len(frequencies)} stored tensors of rotary frequencies (an old tool's) are left out: they are computed"]
     if "lm_head.weight" in stored and config.tie_word_embeddings:
@@ -263,6 +287,48 @@ def parameters_in(directory: Path, config: LlamaConfig, mapped: bool = False) ->
     weights = Weights(config, kept)
     check_shapes(weights, directory)
     return weights.tensors, odd
+
+
+def joined(stored: dict[str, Lazy], directory: Path) -> dict[str, Lazy]:
+    """The same with one Lazy in the place of the tensors that stand for a packed weight. UserError for what cannot be unpacked."""
+    said = read_json(directory / "config.json").get("quantization_config") or {}
+    method = said.get("quant_method", "bitsandbytes")
+    foreign = [kind for ending, kind in UNREAD.items() if any(name.endswith(ending) for name in stored)]
+    if foreign or method != "bitsandbytes":
+        kind = foreign[0] if method == "bitsandbytes" else method.upper()
+        raise UserError(f"{directory} is quantised by {kind}; of quantised models those in nf4 by bitsandbytes can be read: take the model "
+                        "that it was made from")  # fmt: skip
+    result = dict(stored)
+    for name in [key.removesuffix(PACKED[-1]) for key in stored if key.endswith(PACKED[-1])]:
+        parts = {name + end: result.pop(name + end) for end in PACKED if name + end in result}
+        result[name] = _packed(name, parts)
+    return result
+
+
+def _packed(name: str, parts: dict[str, Lazy]) -> Lazy:
+    def packed() -> Packed:
+        return from_bitsandbytes(name, {part: lazy.read() for part, lazy in parts.items()})
+
+    state = read_state(name, parts[name + PACKED[-1]].read())
+    try:
+        shape, dtype = torch.Size(state["shape"]), getattr(torch, state["dtype"])
+    except (TypeError, KeyError, AttributeError):
+        raise damaged(name) from None
+    return Lazy(shape, dtype, lambda: dequantise(packed(), dtype), "nf4-double" if "nested_offset" in state else "nf4", packed)
+
+
+def storage_of(directory: Path, wanted: str = "none") -> str:
+    """How the projections of a model are to be kept, a key of layers.STORAGES: as `wanted`, or where they lie quantised in its
+    directory, as they lie there. A directory that has some of them quantised, or in several ways, is read as if it had none.
+
+    Raises UserError if something is wanted of a model that is quantised already.
+    """
+    tensors = parameters_in(directory, LlamaConfig.from_json(directory))[0]
+    found = {lazy.storage for name, lazy in tensors.items() if ".layers." in name and len(lazy.shape) == 2}
+    if wanted != "none" and found != {"none"}:
+        own = " and ".join(sorted(found - {"none"}))
+        raise UserError(f"--base-quant {wanted}: {directory} is quantised already, in {own}; without the flag it is used as it is")
+    return wanted if found == {"none"} else found.pop() if len(found) == 1 else "none"
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -87,11 +87,11 @@ def run_lines(monkeypatch, capsys, config: Config, text: str):
 # What the model reads
 
 
-@pytest.mark.parametrize("template", ["baby", "chatml", "llama2"])
+@pytest.mark.parametrize("template, closing", [("baby", ""), ("chatml", ""), ("llama2", " "), ("chatml-65b", "\n")])
 @pytest.mark.parametrize("system", ["", "你是一只小羊驼。"])
-def test_the_model_reads_exactly_what_render_gives(tokenizer, template, system):
+def test_the_model_reads_exactly_what_render_gives(tokenizer, template, closing, system):
     talk = conversation(tokenizer, template, system, window=512)
-    talk.model = Script(tokenizer, "巴黎。", window=512)
+    talk.model = Script(tokenizer, "巴黎。" + closing, window=512)  # it has learned to write what stands before the end of its turn
     for question in ("法国的首都？", "一加一？"):
         "".join(talk.answer(question, talk.read(question)[0]))
     messages = [{"role": "system", "content": system}] if system else []

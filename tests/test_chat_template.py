@@ -2,7 +2,9 @@
 
 from settings import UserError
 
+import itertools
 import json
+import re
 import sys
 
 import pytest
@@ -37,6 +39,59 @@ def test_chatml_golden(ours):
     assert mask == [learn for part, learn in parts for _ in part]
     assert ids[-1] == newline and mask[-2:] == [1, 0]
     assert ours.stop_ids("chatml") == [2, 4]
+
+
+def as_chinese_llama_65b(record) -> str:
+    """Its parse_record_to_text: what one line of its data becomes. Its tokenizer then adds BOS, and the dataset EOS."""
+    if len(record) == 1:
+        return record[0]["text"]
+    return "\n".join(f"<|im_start|>{turn['role']}\n{turn['text']}\n<|im_end|>" for turn in record)
+
+
+EXCHANGES = [messages("你好", "好的"), messages("a\n b", "1\n", " 你 ", "好  的", system="S"), messages("你好"), messages("a", "b", "c")]
+
+
+@pytest.mark.parametrize("chat", EXCHANGES)
+def test_chatml_65b_golden(ours, extended, chat):
+    text = as_chinese_llama_65b([*({"role": m["role"], "text": m["content"]} for m in chat), {"role": "user", "text": "end"}])
+    text = text.removesuffix("\n<|im_start|>user\nend\n<|im_end|>")  # as if a dialogue of one turn were no plain text
+    for tokenizer in (ours, extended):
+        special = tokenizer.special_tokens
+        ids, mask = tokenizer.render(chat, "chatml-65b")
+        assert tokenizer.decode(ids[1:-1], skip_special=False) == text
+        pieces = re.split(r"(<\|im_\w+\|>)", text)
+        encoded = [[special[piece]] if piece in special else tokenizer.encode(piece) for piece in pieces]
+        assert ids == [tokenizer.bos_id, *itertools.chain(*encoded), tokenizer.eos_id]
+        learned = [[*tokenizer.encode_segment(f"{m['content']}\n", continued=True), special["<|im_end|>"]]
+                   for m in chat if m["role"] == "assistant"]  # fmt: skip
+        assert [i for i, m in zip(ids, mask) if m] == [*itertools.chain(*learned)]
+        assert tokenizer.stop_ids("chatml-65b") == sorted([tokenizer.eos_id, special["<|im_end|>"]])
+
+
+def test_chatml_65b_without_its_special_tokens(english, capsys):
+    """One exchange is as ever; each earlier answer gets an EOS too, so that the model learns to stop."""
+    one, mask = english.render(messages("hi", "yo"), "chatml-65b")
+    text = as_chinese_llama_65b([{"role": "user", "text": "hi"}, {"role": "assistant", "text": "yo"}])
+    assert one == english.encode(text, bos=True, eos=True)
+    learned = [*english.encode_segment("yo\n<|im_end|>", continued=True), english.eos_id]
+    assert [i for i, m in zip(one, mask) if m] == learned and english.stop_ids("chatml-65b") == [english.eos_id]
+    two, mask = english.render(messages("hi", "yo", "hi", "yo"), "chatml-65b")
+    assert two[: len(one)] == one and [i for i, m in zip(two, mask) if m] == 2 * learned
+    assert english.decode(two) == f"{text}\n{text}"
+    assert "<|im_start|>, <|im_end|>" in capsys.readouterr().err
+
+
+def test_transformers_encodes_chinese_llama_65b_s_text_with_our_ids(ours, english, extended, transformers, tmp_path):
+    """As its dataset does, encode_plus of the rendered text with BOS, and EOS behind it; and from the Jinja that we save."""
+    for number, (tokenizer, chats) in enumerate([(ours, EXCHANGES), (extended, EXCHANGES), (english, [messages("hi", "yo 好")])]):
+        tokenizer.save(tmp_path / str(number), "chatml-65b")
+        theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / str(number))
+        for chat in chats:
+            ids = tokenizer.render(chat, "chatml-65b")[0]
+            assert theirs.apply_chat_template(chat, tokenize=True, return_dict=False) == ids
+            if len(chat) > 1:
+                text = as_chinese_llama_65b([{"role": m["role"], "text": m["content"]} for m in chat])
+                assert [theirs.bos_token_id, *theirs.encode(text, add_special_tokens=False), theirs.eos_token_id] == ids
 
 
 def test_llama2_golden_is_metas():
@@ -156,7 +211,7 @@ def test_lenient_templates_allow_odd_orders(ours):
 
 
 def test_unknown_templates(ours, llama3_dir):
-    with pytest.raises(UserError, match=r"no chat template 'vicuna'.*baby, chatml, llama2, llama3"):
+    with pytest.raises(UserError, match=r"no chat template 'vicuna'.*baby, chatml, chatml-65b, llama2, llama3"):
         ours.render(CHAT, "vicuna")
     with pytest.raises(UserError, match="brings none of its own"):
         ours.render(CHAT, "jinja")

@@ -30,6 +30,11 @@ def talk(*turns: str) -> dict:
     return {"messages": [{"role": roles[i % 2], "content": turn} for i, turn in enumerate(turns)]}
 
 
+def role_text(*turns: str) -> list:
+    """chinese-llama-65b's layout of the same."""
+    return [{"role": turn["role"], "text": turn["content"]} for turn in talk(*turns)["messages"]]
+
+
 def write(path: Path, records) -> Path:
     path.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records), encoding="utf-8")
     return path
@@ -85,6 +90,27 @@ def test_targets_are_the_answers_and_their_end(base_dir, tmp_path, template):
     assert tokens[first + 1] == targets[first]  # what a position predicts is the next token
 
 
+@pytest.mark.parametrize("template", ["baby", "chatml-65b"])
+def test_loss_on_all_learns_every_token_but_the_first(base_dir, tmp_path, template):
+    """And role/text lines are the same conversations; a line of one element is a plain text, with EOS as in pretraining."""
+    tokenizer, turns = load_tokenizer(base_dir), ("春眠", "不觉", "夜来", "风雨")
+    one = write(tmp_path / "one.jsonl", [talk(*turns)])
+    lists = write(tmp_path / "lists.jsonl", [role_text(*turns), role_text("花落知多少")])
+    for loss_on, lengths, empty in (("all", 2, 0), ("answers", 1, 1)):
+        data, listed = (Conversations(path, tokenizer, template, 96, loss_on) for path in (one, lists))
+        assert (data[0][0] == listed[0][0]).all() and (data[0][1] == listed[0][1]).all()
+        assert (len(listed), listed.empty) == (lengths, empty)
+        assert data.questions == listed.questions == [talk(*turns)["messages"][:1]]
+    data = Conversations(lists, tokenizer, template, 96, "all")
+    assert data[1][0].tolist() == [*tokenizer.encode("花落知多少"), tokenizer.eos_id]
+    assert data.learned.tolist() == data.lengths.tolist() == [len(data[i][0]) - 1 for i in range(2)]
+    batch = Batches(data, 128, 1, 1, True, None, 0).tensors([[0, 1]])
+    learned = batch["targets"][0][batch["targets"][0] != IGNORE].tolist()
+    assert learned == [*data[0][0][1:], *data[1][0][1:]], "neither the first token nor padding"
+    short = Conversations(lists, tokenizer, template, 8, "all")  # cut: the end goes, whatever an answer is
+    assert short.truncated == 1 + (len(data[1][0]) > 9) and (short[0][0] == data[0][0][:9]).all() and short.learned[0] == 8
+
+
 @pytest.mark.parametrize("prompt, answer", [(10, 100), (70, 20), (200, 200), (0, 80)])
 def test_truncation_leaves_some_answer(prompt, answer):
     tokens, mask = truncate(list(range(prompt + answer)), [0] * prompt + [1] * answer, 65)
@@ -105,19 +131,19 @@ def test_packing_puts_every_conversation_in_one_row_and_fills_them():
     assert pack(lengths, np.arange(500), 64, False) == [[i] for i in range(500)]
 
 
-@pytest.mark.parametrize("template", ["baby", "chatml"])
-def test_packed_loss_equals_padded_loss_equals_each_alone(base_dir, chats, template):
+@pytest.mark.parametrize("template, loss_on", [("baby", "answers"), ("chatml", "answers"), ("chatml-65b", "all")])
+def test_packed_loss_equals_padded_loss_equals_each_alone(base_dir, chats, template, loss_on):
     tokenizer, model = load_tokenizer(base_dir), load_model(base_dir)
-    data = Conversations(chats / "val.jsonl", tokenizer, template, 64)
+    data = Conversations(chats / "val.jsonl", tokenizer, template, 96, loss_on)
     config = Config(micro_batch=3, device="cpu", dtype="fp32")
     parallel = make_parallel(Machine(config), config)
-    packed, padded = (sft.evaluate(model, Batches(data, 64, 4, 1, packing, None, 0), config, parallel)["val_loss"]
+    packed, padded = (sft.evaluate(model, Batches(data, 96, 4, 1, packing, None, 0), config, parallel)["val_loss"]
                       for packing in (True, False))  # fmt: skip
     nats = 0.0
     for _, messages in sft.read_messages(chats / "val.jsonl"):
         ids, mask = tokenizer.render(messages, template=template)
         logits = model(torch.tensor([ids]))[0].log_softmax(-1)
-        nats -= sum(logits[i, ids[i + 1]].item() for i in range(len(ids) - 1) if mask[i + 1])
+        nats -= sum(logits[i, ids[i + 1]].item() for i in range(len(ids) - 1) if mask[i + 1] or loss_on == "all")
     assert packed == pytest.approx(padded, rel=1e-5)
     assert packed == pytest.approx(nats / data.learned.sum(), rel=1e-5)
 
@@ -218,6 +244,24 @@ def test_show_batch_prints_what_is_learned_and_writes_nothing(settings, capsys):
     assert not settings["out"].exists()
 
 
+def test_loss_on_all_on_role_text_lines(settings, tmp_path, capsys):
+    """A run on plain texts alone has no question to show; the setting alters the run."""
+    settings |= {"data": tmp_path / "data", "template": "chatml-65b", "loss_on": "all", "steps": 2}
+    settings["data"].mkdir()
+    for part in ("train", "val"):
+        write(settings["data"] / f"{part}.jsonl", [role_text("春眠不觉晓"), role_text("处处闻啼鸟")])
+    assert main(Config(**settings))["val_loss"] > 0
+    assert "100% of their tokens are learned" in capsys.readouterr().out and not (settings["out"] / "samples.txt").exists()
+    with pytest.raises(UserError, match="--loss-on was all and is answers"):
+        main(Config(**{**settings, "loss_on": "answers"}))
+    with pytest.raises(UserError, match=r"nothing to learn; --loss-on all learns all tokens of its 2 other lines"):
+        main(Config(**{**settings, "loss_on": "answers", "out": tmp_path / "other"}))
+    main(Config(**{**settings, "show_batch": True}))
+    shown = capsys.readouterr().out.splitlines()
+    positions = [line for line in shown[1:] if "padding" not in line]
+    assert len(positions) > 5 and all(" yes " in line for line in positions)
+
+
 # ---- mistakes --------------------------------------------------------------------------------------------------------
 
 
@@ -233,6 +277,13 @@ def test_long_conversations_are_cut_and_counted(settings, tmp_path, capsys):
     ('{"messages": [}\n', r"bad\.jsonl:1: not valid JSON"),
     ('{"messages": []}\n{"text": 3}\n', r'bad\.jsonl:2: no "messages"'),
     ('{"messages": [{"role": "wizard", "content": "x"}]}\n', r"bad\.jsonl:1: .*wizard"),
+    ('{"messages": "x"}\n', r'bad\.jsonl:1: no "messages", nor a list'),
+    ('[{"role": "user", "text": "x"}, {"role": "assistant", "content": "y"}]\n', r'bad\.jsonl:1: no "messages", nor a list'),
+    ("[1, 2]\n", r'bad\.jsonl:1: no "messages", nor a list'),
+    ("[]\n", r"bad\.jsonl:1: a conversation is a list of messages, not \[\]"),
+    ('[{"text": 3}]\n', r"bad\.jsonl:1: a conversation is a list of messages, not 3"),
+    ('[{"text": "x"}, {"role": "assistant", "text": "y"}]\n', r"bad\.jsonl:1: message 1 of 2 has the unknown role None"),
+    ('[{"text": "x"}]\n\n{"messages": []}\n', r"bad\.jsonl:3: here the file changes"),
 ])  # fmt: skip
 def test_bad_data_is_named(settings, tmp_path, text, message):
     (tmp_path / "bad.jsonl").write_text(text)
