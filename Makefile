@@ -1,4 +1,5 @@
 # make demo    the whole road in minutes on a CPU: tokenizer, data, pretraining, fine-tuning, exam, chat
+# make demo-lora    the same, and the fine-tuning twice more, as LoRA and as QLoRA
 # make test    the test suite                    make test-fast   without the slow part
 # make bench   speed and memory, beside transformers
 # make lint    ruff                              make clean       remove what these made (not your data/ or other runs)
@@ -10,12 +11,15 @@ PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
 
-.PHONY: help demo test test-fast bench lint clean
+.PHONY: help demo demo-lora test test-fast bench lint clean
 help:
-	@sed -n 's/^# \{0,1\}//p' Makefile | head -8
+	@sed -n 's/^# \{0,1\}//p' Makefile | head -9
 
 demo: $(VENV)/.run-ready
 	@$(PY) demo.py
+
+demo-lora: $(VENV)/.run-ready
+	@$(PY) demo.py --lora
 
 test: $(VENV)/.dev-ready
 	@echo "running all tests (a few minutes on two cores)"

@@ -76,6 +76,7 @@ class Config(AdapterFlags, MachineConfig):
     log_every: int = flag(10, "steps between log lines")
     eval_every: int = flag(200, "steps between evaluations (loss, plot, samples)")
     eval_tokens: int = flag(200_000, "validation tokens per evaluation")
+    sample_tokens: int = flag(48, "length of the texts in samples.txt; 0: none are written, where a large model is slow at it")
     save_every: int = flag(200, "steps between checkpoints")
     keep: int = flag(2, "checkpoints kept: the newest, and besides the one with the best validation loss")
     save_dtype: str = flag("fp32", "dtype of the final weights", choices=tuple(DTYPES))
@@ -84,12 +85,12 @@ class Config(AdapterFlags, MachineConfig):
 
     # Settings that cannot change the result: a resumed run may have others. What lies behind the paths is compared itself.
     HARMLESS = MachineConfig.HARMLESS | {"out", "data", "tokenizer", "init_from", "resume", "resume_anyway", "micro_batch", "checkpointing",
-                                         "log_every", "eval_every", "eval_tokens", "save_every", "keep"}  # fmt: skip
+                                         "log_every", "eval_every", "eval_tokens", "sample_tokens", "save_every", "keep"}  # fmt: skip
 
     def problems(self) -> list[str]:
         found = too_small(self, "epochs", "batch_size", "micro_batch", "lr", "clip", "log_every", "eval_every", "eval_tokens",
                           "save_every", "keep", "rope_factor")  # fmt: skip
-        found += too_small(self, "min_lr", "warmup", "weight_decay", "beta2", "seed", "dropout", least=0)
+        found += too_small(self, "min_lr", "warmup", "weight_decay", "beta2", "seed", "dropout", "sample_tokens", least=0)
         found += [f"--{name} must be below 1, not {getattr(self, name)}" for name in ("beta2", "dropout") if getattr(self, name) >= 1]
         found += too_small(self, "steps", "seq_len", least=1)
         if self.init_from is None and self.model not in PRESETS and not Path(self.model).exists():
@@ -195,14 +196,14 @@ def evaluate(model: Llama, tokens: Tokens, seq_len: int, config: Config, paralle
     return {"val_loss": loss, "val_bpb": loss / math.log(2) * len(tokens) / text_bytes if text_bytes else None}
 
 
-def write_samples(model: Llama, tokenizer: Tokenizer, tokens: Tokens, path: Path, title: str, parallel) -> str:
-    """Let the model go on from the first words of three validation documents; append to samples.txt."""
+def write_samples(model: Llama, tokenizer: Tokenizer, tokens: Tokens, most: int, path: Path, title: str, parallel) -> str:
+    """Let the model go on from the first words of three validation documents, for so many tokens; append to samples.txt."""
     ends = np.flatnonzero(tokens.tokens[:100_000] == tokenizer.eos_id)[:3]
     starts = [0, *(int(end) + 1 for end in ends)][:3]
     prompts = [p for p in (tokens.tokens[start : start + 8].tolist() for start in starts) if p]
     answers = [list(prompt) for prompt in prompts]
     with parallel.autocast():
-        for step in model.generate(prompts, 48, temperature=0.8, top_p=0.9, stop_ids=[tokenizer.eos_id], seed=0,
+        for step in model.generate(prompts, most, temperature=0.8, top_p=0.9, stop_ids=[tokenizer.eos_id], seed=0,
                                    lockstep=parallel.sharded):  # fmt: skip
             for answer, token in zip(answers, step):
                 answer += [] if token is None else [token]
@@ -335,9 +336,11 @@ def main(config: Config) -> dict:
                         note_best(state, result["val_loss"], saved)
                         title += f", validation loss {result['val_loss']:.3f}"
                         title += f", {result['val_bpb']:.3f} bits per byte" if result["val_bpb"] else ""
-                    if machine.main or parallel.sharded:
-                        sample = write_samples(model, tokenizer, val or train, config.out / "samples.txt", title, parallel)
-                        machine.print(f"   {title} │ {sample[:60]}")
+                    if config.sample_tokens and (machine.main or parallel.sharded):
+                        sample = write_samples(model, tokenizer, val or train, config.sample_tokens, config.out / "samples.txt", title,
+                                               parallel)  # fmt: skip
+                        title += f" │ {sample[:60]}"
+                    machine.print(f"   {title}")
                     if machine.main:
                         plot_loss(config.out / "metrics.jsonl", config.out / "loss.png", str(config.out))
             if last:

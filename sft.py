@@ -81,6 +81,7 @@ class Config(AdapterFlags, MachineConfig):
 
     log_every: int = flag(10, "steps between log lines")
     eval_every: int = flag(200, "steps between evaluations (loss, plot, samples)")
+    sample_tokens: int = flag(96, "longest answer in samples.txt; 0: none are written, where a large model is slow at it")
     save_every: int = flag(200, "steps between checkpoints")
     keep: int = flag(2, "checkpoints kept: the newest, and besides the one with the best validation loss")
     save_dtype: str = flag("fp32", "dtype of the final weights", choices=tuple(DTYPES))
@@ -90,14 +91,14 @@ class Config(AdapterFlags, MachineConfig):
 
     # Settings that cannot change the result: a resumed run may have others. What lies behind the paths is compared itself.
     HARMLESS = MachineConfig.HARMLESS | {"out", "data", "init_from", "resume", "resume_anyway", "micro_batch", "checkpointing", "log_every",
-                                         "eval_every", "save_every", "keep", "show_batch"}  # fmt: skip
+                                         "eval_every", "sample_tokens", "save_every", "keep", "show_batch"}  # fmt: skip
 
     def problems(self) -> list[str]:
         found = too_small(self, "epochs", "batch_size", "micro_batch", "lr", "clip", "log_every", "eval_every", "save_every", "keep",
                           "rope_factor")  # fmt: skip
         found += too_small(self, "min_lr", "warmup", "weight_decay", "beta2", "seed", "dropout", least=0)
         found += [f"--{name} must be below 1, not {getattr(self, name)}" for name in ("beta2", "dropout") if getattr(self, name) >= 1]
-        found += too_small(self, "steps", least=1) + too_small(self, "seq_len", least=8)
+        found += too_small(self, "steps", least=1) + too_small(self, "seq_len", least=8) + too_small(self, "sample_tokens", least=0)
         if self.s2_attn and not self.packing:
             found.append("--s2-attn needs --packing: rows of one length, which groups divide")
         return found + self.adapter_problems() + strategy_problems(self)
@@ -318,10 +319,11 @@ def evaluate(model: Llama, batches: Batches, config: Config, parallel) -> dict:
     return {"val_loss": sum(machine.gather(nats)) / batches.data.learned.sum().item()}
 
 
-def write_samples(model: Llama, tokenizer: Tokenizer, template: str, questions: list, path: Path, title: str, parallel) -> str:
-    """Answer the first questions of the validation conversations; append to samples.txt."""
+def write_samples(model: Llama, tokenizer: Tokenizer, template: str, questions: list, most: int, path: Path, title: str,
+                  parallel) -> str:  # fmt: skip
+    """Answer the first questions of the validation conversations, in at most so many tokens; append to samples.txt."""
     prompts = [tokenizer.render(messages, template=template, add_generation_prompt=True)[0] for messages in questions]
-    room = max(1, min(96, model.config.context_length - max(map(len, prompts))))
+    room = max(1, min(most, model.config.context_length - max(map(len, prompts))))
     answers: list[list[int]] = [[] for _ in prompts]
     with parallel.autocast():
         for step in model.generate(prompts, room, temperature=0, stop_ids=tokenizer.stop_ids(template), lockstep=parallel.sharded):
@@ -453,9 +455,11 @@ def main(config: Config) -> dict:
                         note_best(state, result["val_loss"], saved)
                         title += f", validation loss {result['val_loss']:.3f}"
                     questions = (val or train).questions
-                    if questions and (machine.main or parallel.sharded):
-                        sample = write_samples(model, tokenizer, template, questions, config.out / "samples.txt", title, parallel)
-                        machine.print(f"   {title} │ {sample[:60]}")
+                    if questions and config.sample_tokens and (machine.main or parallel.sharded):
+                        sample = write_samples(model, tokenizer, template, questions, config.sample_tokens, config.out / "samples.txt",
+                                               title, parallel)  # fmt: skip
+                        title += f" │ {sample[:60]}"
+                    machine.print(f"   {title}")
                     if machine.main:
                         plot_loss(config.out / "metrics.jsonl", config.out / "loss.png", str(config.out))
             if last:

@@ -2,20 +2,41 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 import demo
+from files import write_text
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 
+def test_the_cost_of_each_fine_tuning_and_how_far_qlora_is_from_lora(tmp_path, capsys):
+    for name, file, shape, losses in (("sft", "model", (1000, 2000), (4, 1)), ("lora", "adapter_model", (300, 20), (4, 2)),
+                                      ("qlora", "adapter_model", (300, 20), (4.1, 1.8))):  # fmt: skip
+        (tmp_path / name / "step-000020").mkdir(parents=True)
+        save_file({"a": torch.zeros(shape), "b": torch.zeros(shape)}, tmp_path / name / f"{file}.safetensors")
+        (tmp_path / name / "step-000020" / "weights").write_bytes(bytes(len(name) * 10**6))
+        lines = [{"step": 0, "val_loss": losses[0]}, {"step": 10, "loss": 3}, {"step": 20, "loss": 9}, {"step": 20, "val_loss": losses[1]}]
+        write_text(tmp_path / name / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
+    demo.compare(tmp_path)
+    table = [line.split()[-4:] for line in capsys.readouterr().out.splitlines()]
+    assert table[1:4] == [["4M", "3.0", "MB", "1.000"], ["12k", "4.0", "MB", "2.000"], ["12k", "5.0", "MB", "1.800"]]
+    assert "10.0%" in table[5]  # of 2.5% and 10% the larger
+
+
 @pytest.mark.slow
 def test_the_demo_ends_with_its_table_and_a_second_run_repeats_nothing(tmp_path, monkeypatch, capfd):
+    def commands() -> list[str]:
+        return [line.split()[2] for line in printed.splitlines() if line.startswith("$ python")]
+
     monkeypatch.chdir(REPOSITORY)
     monkeypatch.setattr(demo, "PRETRAIN", "--seq-len 64 --steps 3 --batch-size 2 --log-every 1")
     monkeypatch.setattr(demo, "SFT", "--seq-len 64 --steps 2 --batch-size 2 --log-every 1")
@@ -28,8 +49,16 @@ def test_the_demo_ends_with_its_table_and_a_second_run_repeats_nothing(tmp_path,
         assert words in printed
     assert (out / "loss.png").read_bytes()[:4] == b"\x89PNG"
     assert "pretrain" in (out / "samples.txt").read_text(encoding="utf-8")
-    assert demo.main(demo.Config(out=out)) == scores
-    assert "$ python" not in capfd.readouterr().out
+    everything = demo.main(demo.Config(out=out, lora=True))
+    printed = capfd.readouterr().out
+    assert commands() == ["sft.py"] * 2 + ["eval.py"] * 4  # only what was missing
+    assert everything.items() > scores.items() and everything.keys() - scores.keys() == {
+        f"{exam}/{name}" for exam in ("exam", "exam_unasked") for name in ("lora", "qlora")}  # fmt: skip
+    assert "with LoRA, rank 16" in printed and "numbers that learn" in printed
+    for lora, seen in ((True, everything), (False, scores)):
+        assert demo.main(demo.Config(out=out, lora=lora)) == seen
+        printed = capfd.readouterr().out
+        assert not commands() and ("LoRA" in printed) == lora
 
 
 @pytest.mark.slow
