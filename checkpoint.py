@@ -29,10 +29,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from adapters import (
-    BASE,
+from adapter_files import (
     CONFIG,
-    AdapterConfig,
     adapter_dir,
     adapter_tensors,
     hang,
@@ -40,8 +38,10 @@ from adapters import (
     merge,
     open_adapter,
     peft_key,
+    read_base,
     write_adapter_descriptions,
 )
+from adapters import AdapterConfig
 from devices import random_state, set_random_state
 from files import write_json, written_beside
 from layers import STORAGES, pack, packed_layers
@@ -89,7 +89,7 @@ class Adapted:
         """How the projections of the model in `directory` are to be kept. Says so, on stderr, if an adapter was trained beside others."""
         storage = storage_of(directory, self.base_quant)
         for path in map(adapter_dir, self.adapters()):
-            trained = read_json(path / BASE).get("storage") if (path / BASE).exists() else None
+            trained = (read_base(path) or {}).get("storage")
             if trained not in (None, "none", storage):
                 here = "as the model has them" if storage == "none" else f"in {storage}"
                 print(f"notice: {path} was trained beside projections in {trained}, and here they are {here}; --base-quant {trained} makes "
@@ -111,7 +111,7 @@ def resolve_model_dir(path) -> Path:
         return path
     step = newest_step(path) if path.is_dir() else None
     if found := next((place for place in (path, step) if place and is_adapter(place)), None):
-        base = read_json(found / CONFIG).get("base_model_name_or_path") or "BASE"
+        base = (read_base(found) or {}).get("path", "BASE")
         both = f"--model {base} --adapter {path}"
         raise UserError(f"{path} is an adapter and no whole model: {both}; python convert.py merge {both} --out DIR makes them one")
     if step is None:
@@ -129,7 +129,7 @@ def open_model_dir(path, rope_scaling: str = "none", rope_factor: float = 1.0,
     directory = resolve_model_dir(path)
     config, tokens = LlamaConfig.from_json(directory), directory
     for adapter in map(adapter_dir, adapters):
-        if (adapter / BASE).exists() and (trained := LlamaConfig.from_dict(read_json(adapter / BASE)["config"])).rope_scaling:
+        if (base := read_base(adapter)) and (trained := LlamaConfig.from_dict(base["config"])).rope_scaling:
             config = dataclasses.replace(config, rope_scaling=trained.rope_scaling,
                                          max_position_embeddings=trained.max_position_embeddings)  # fmt: skip
         tokens = adapter if any((adapter / name).exists() for name in ("tokenizer.model", "tokenizer.json")) else tokens
@@ -342,7 +342,7 @@ def load_state(step: Path, *, stage: str, parallel, tokenizer: Tokenizer, adapte
         raise UserError(f"--resume {step}: {found} was trained there, and now {wanted} is to be (--lora-rank)")
     if adapter is not None and (stored := AdapterConfig.from_json(step / CONFIG)) != adapter:
         raise UserError(f"--resume {step}: another adapter was trained there ({_difference(stored, adapter)})")
-    own = LlamaConfig.from_dict(read_json(step / BASE)["config"]) if adapter is not None else LlamaConfig.from_json(step)
+    own = LlamaConfig.from_dict(read_base(step)["config"]) if adapter is not None else LlamaConfig.from_json(step)
     ours, theirs = parallel.model.config.to_dict(), own.to_dict()
     if different := [f"{key} {theirs[key]} instead of {ours[key]}" for key in ARCHITECTURE if ours[key] != theirs[key]]:
         raise UserError(f"--resume {step}: it holds another model: {', '.join(different)}")

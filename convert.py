@@ -35,8 +35,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from adapters import GROUPS, Adapter, open_adapter
-from adapters import merge as merge_tensors
+from adapter_files import Adapter, open_adapter
+from adapter_files import merge as merge_tensors
+from adapters import GROUPS
 from checkpoint import ARCHITECTURE, SMALL_FILES, Adapted, open_model_dir, resolve_model_dir
 from config import LlamaConfig
 from doors import gguf_file, huggingface, llama2c, megatron, meta, tiktoken_file
@@ -51,7 +52,7 @@ from weights import DTYPES, Lazy, Weights, check_dtypes, same_bits
 
 DOORS = (huggingface, meta, megatron, gguf_file, llama2c)  # in the order in which they are asked whether they recognise a path
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
-SCAN = 1 << 24  # elements looked at in one go when values are checked
+SCAN = 1 << 18  # elements looked at in one go: they and what is computed from them stay in the processor's cache
 WORTH_KEEPING = 0.25  # part of what adapters change that may be lost in rounding before merge speaks of it
 
 
@@ -241,8 +242,10 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def not_finite(tensor: Tensor) -> int:
-    """How many NaN and infinite values a tensor holds; looked at in pieces, because the answer takes a byte for every value."""
-    return sum(int((~torch.isfinite(piece)).sum()) for piece in tensor.reshape(-1).split(SCAN)) if tensor.is_floating_point() else 0
+    """How many NaN and infinite values a tensor holds."""
+    pieces = tensor.reshape(-1).split(SCAN) if tensor.is_floating_point() else ()
+    # A sum is finite only if all its terms are; most often that is all there is to find out, and much sooner.
+    return sum(int((~torch.isfinite(piece)).sum()) for piece in pieces if not piece.sum(dtype=torch.float32).isfinite())
 
 
 @contextmanager
@@ -492,9 +495,9 @@ class Change(NamedTuple):
 
     @classmethod
     def between(cls, given: Tensor, base: Tensor, merged: Tensor, written: Tensor) -> Change:
-        """All of one shape; in pieces, because each difference takes as much memory as a weight."""
+        """All of one shape, and but for the last in float32."""
         pieces = zip(*(tensor.reshape(-1).split(SCAN) for tensor in (given, base, merged, written)))
-        squares = [[x.square().sum(dtype=torch.float64).item() for x in (g, b - g, b, m - b, w.float() - m)] for g, b, m, w in pieces]
+        squares = [[torch.dot(x, x).item() for x in (g, b - g, b, m - b, w.float() - m)] for g, b, m, w in pieces]
         return cls(*map(sum, zip(*squares)))
 
 

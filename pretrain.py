@@ -26,7 +26,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from adapters import AdapterConfig, AdapterFlags, attach, base_facts, first_values
+from adapter_files import base_facts
+from adapters import AdapterConfig, AdapterFlags, attach, first_values
 from checkpoint import DTYPES, load_state, model_tensors, resolve_model_dir, save_model, save_state, weights_identity
 from devices import DTYPE_NAMES, supports
 from files import file_sha256
@@ -39,6 +40,7 @@ from runtime import Machine, MachineConfig
 from sparse_attention import check_groups
 from token_files import Tokens, open_tokens
 from tokenizer import Tokenizer, load_tokenizer
+from weights import storage_of
 
 EMBEDDINGS = ("model.embed_tokens.weight", "lm_head.weight")  # where a model meets its vocabulary; tied, they are one
 
@@ -269,10 +271,11 @@ def main(config: Config) -> dict:
             machine.print(f"{config.out} is finished: nothing to do. Talk to it: python chat.py {talk}")
             return {key: value for line in read_metrics(config.out / "metrics.jsonl") for key, value in line.items()}
         parallel = make_parallel(machine, config)
+        storage = machine.together(lambda: storage_of(origin, config.base_quant)) if adapter and not parallel.sharded else "none"
         if adapter:
-            base = machine.on_main(lambda: base_facts(origin, llama, config.base_quant))
+            base = machine.on_main(lambda: base_facts(origin, llama, storage))
             adapter = dataclasses.replace(adapter, base=base)
-            model = parallel.build(llama, lambda model: attach(model, adapter, config.base_quant, machine.dtype))
+            model = parallel.build(llama, lambda model: attach(model, adapter, storage, machine.dtype))
         else:
             model = parallel.build(llama, lambda model: freeze(model, EMBEDDINGS if config.train == "embeddings" else None))
         model.checkpointing = config.checkpointing
@@ -285,7 +288,7 @@ def main(config: Config) -> dict:
         model.group_size = seq_len // 4 if config.s2_attn else 0  # not before DDP has warmed up, on two tokens
         torch.manual_seed(config.seed + machine.rank)  # the same weights everywhere, but each rank drops out on its own
         if adapter or not resume_from:
-            first = model_tensors(origin, llama) if origin else model.initial_weights(config.seed)
+            first = model_tensors(origin, llama, storage) if origin else model.initial_weights(config.seed)
             parallel.fill(first_values(first, model, config.seed) if adapter else first)
         if resume_from:
             state = load_state(resume_from, stage="pretrain", parallel=parallel, tokenizer=tokenizer, adapter=adapter)
@@ -304,7 +307,7 @@ def main(config: Config) -> dict:
         tokens_per_step = config.batch_size * seq_len
         machine.print(f"model     {human(model.num_parameters())} parameters, vocabulary {llama.vocab_size:,}, {seq_len} tokens of context")
         if adapter:
-            machine.print(f"adapter   {adapter.describe(llama, config.base_quant)}; {human(trained)} parameters learn")
+            machine.print(f"adapter   {adapter.describe(llama, storage)}; {human(trained)} parameters learn")
         elif config.train == "embeddings":
             machine.print(f"          {human(trained)} of them are trained: {', '.join(parallel.trained)}")
         machine.print(f"data      {human(len(train))} tokens from {config.data}; {steps:,} steps of {config.batch_size} x {seq_len} = "

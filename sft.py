@@ -26,7 +26,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from adapters import AdapterFlags, attach, base_facts, first_values
+from adapter_files import base_facts
+from adapters import AdapterFlags, attach, first_values
 from checkpoint import (
     DTYPES,
     load_state,
@@ -47,6 +48,7 @@ from runs import Finished, best_step, check_shared, claim_run, note_best, start_
 from runtime import Machine, MachineConfig
 from sparse_attention import check_groups
 from tokenizer import TEMPLATES, Tokenizer
+from weights import storage_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,6 +103,8 @@ class Config(AdapterFlags, MachineConfig):
         found += too_small(self, "steps", least=1) + too_small(self, "seq_len", least=8) + too_small(self, "sample_tokens", least=0)
         if self.s2_attn and not self.packing:
             found.append("--s2-attn needs --packing: rows of one length, which groups divide")
+        if self.fresh_weights and self.lora_rank is not None:
+            found.append("--fresh-weights is for training the model itself: an adapter beside random numbers learns nothing")
         return found + self.adapter_problems() + strategy_problems(self)
 
 
@@ -379,10 +383,11 @@ def main(config: Config) -> dict:
             return {"rows": len(batches.rows)}
 
         parallel = make_parallel(machine, config)
+        storage = machine.together(lambda: storage_of(origin, config.base_quant)) if adapter and not parallel.sharded else "none"
         if adapter:
-            base = machine.on_main(lambda: base_facts(origin, llama, config.base_quant))
+            base = machine.on_main(lambda: base_facts(origin, llama, storage))
             adapter = dataclasses.replace(adapter, base=base)
-            model = parallel.build(llama, lambda model: attach(model, adapter, config.base_quant, machine.dtype))
+            model = parallel.build(llama, lambda model: attach(model, adapter, storage, machine.dtype))
         else:
             model = parallel.build(llama)
         model.checkpointing = config.checkpointing
@@ -401,7 +406,7 @@ def main(config: Config) -> dict:
         model.group_size = seq_len // 4 if config.s2_attn else 0  # not before DDP has warmed up, on two tokens
         torch.manual_seed(config.seed + machine.rank)  # the same weights everywhere, but each rank drops out on its own
         if adapter or not resume_from:
-            first = model.initial_weights(config.seed) if config.fresh_weights else model_tensors(origin, llama)
+            first = model.initial_weights(config.seed) if config.fresh_weights else model_tensors(origin, llama, storage)
             parallel.fill(first_values(first, model, config.seed) if adapter else first)
         if resume_from:
             state = load_state(resume_from, stage="sft", parallel=parallel, tokenizer=tokenizer, adapter=adapter)
@@ -423,7 +428,7 @@ def main(config: Config) -> dict:
         weights = "random numbers" if config.fresh_weights else config.init_from
         machine.print(f"model     {human(model.num_parameters())} parameters from {weights}, template {template}")
         if adapter:
-            machine.print(f"adapter   {adapter.describe(llama, config.base_quant)}; {human(trained)} parameters learn")
+            machine.print(f"adapter   {adapter.describe(llama, storage)}; {human(trained)} parameters learn")
         machine.print(f"data      {len(train):,} conversations from {train_file}, {learned:.0%} of their tokens are learned; "
                       f"{train.truncated:,} cut to {seq_len} tokens, {train.empty:,} without an answer left out")
         filled = sum(int(train.lengths[i]) for row in batches.rows for i in row) / (len(batches.rows) * seq_len)

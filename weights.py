@@ -103,7 +103,7 @@ class Weights:
 def shapes_of(config: LlamaConfig) -> dict[str, torch.Size]:
     """Hugging Face name -> shape of every parameter of an architecture, in the order of the model."""
     with torch.device("meta"):
-        return Llama(config).parameter_shapes()
+        return {name: parameter.shape for name, parameter in Llama(config).named_parameters()}
 
 
 def misfits(config: LlamaConfig, shapes: dict[str, torch.Size], says: str = "config.json") -> list[str]:
@@ -311,8 +311,8 @@ def _packed(name: str, parts: dict[str, Lazy]) -> Lazy:
 
     state = read_state(name, parts[name + PACKED[-1]].read())
     try:
-        shape, dtype = torch.Size(state["shape"]), getattr(torch, state["dtype"])
-    except (TypeError, KeyError, AttributeError):
+        shape, dtype = torch.Size(state["shape"]), {str(dtype): dtype for dtype in FLOATS}[f"torch.{state['dtype']}"]
+    except (TypeError, KeyError):
         raise damaged(name) from None
     return Lazy(shape, dtype, lambda: dequantise(packed(), dtype), "nf4-double" if "nested_offset" in state else "nf4", packed)
 

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from processes_at_hand import ended
 
 import bench
 import bench_turns
@@ -232,8 +233,8 @@ def test_the_program(small, tmp_path):
     runs = json.loads((tmp_path / "r.json").read_text(encoding="utf-8"))["runs"]
     assert runs["cria"][0]["loss"] == pytest.approx(runs["transformers"][0]["loss"], abs=2e-5)
     assert "cria : transformers = speed" in done.stdout and "tied" in done.stdout
-    again = subprocess.run(command, capture_output=True, env=environment, timeout=60)
-    assert again.returncode == 2 and again.stderr.startswith(b"error: --out") and again.stderr.count(b"\n") == 1
+    statuses, _, err = ended(*command[1:])
+    assert statuses == [2] and err.startswith("error: --out") and err.count("\n") == 1
 
 
 @pytest.mark.slow

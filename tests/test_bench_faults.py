@@ -7,7 +7,6 @@ from settings import UserError
 import os
 import re
 import signal
-import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
@@ -181,11 +180,9 @@ def test_bad_settings_are_named_together():
 
 
 @pytest.mark.slow
-def test_three_kills_change_nothing():
-    """The drill as users start it: two kills of one process, one of two ranks under torchrun."""
-    done = subprocess.run([sys.executable, ROOT / "bench.py", "faults", "--kills", "3", "--steps", "10"], capture_output=True,
-                          encoding="utf-8", timeout=900)  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
-    rows = [re.split(r"\s{2,}", line) for line in done.stdout.splitlines()]
+def test_three_kills_change_nothing(capsys):
+    """The drill with the real pretrain.py: two kills of one process, one of two ranks under torchrun."""
+    bench_faults.faults(FaultsConfig(kills=3, steps=10))
+    rows = [re.split(r"\s{2,}", line) for line in capsys.readouterr().out.splitlines()]
     assert [row[:3] for row in rows[1:3]] == [["ddp", "1", "2"], ["ddp", "2", "1"]]
     assert [row[7:] for row in rows[1:3]] == [["0"] * 5 + ["the same"]] * 2

@@ -5,14 +5,12 @@ from __future__ import annotations
 from settings import UserError
 
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from npu_at_hand import calls, stand_in
+from processes_at_hand import ended
 
 import bench_smoke
 import devices
@@ -108,10 +106,10 @@ def test_a_missing_device_is_said_at_once(monkeypatch):
 
 def test_on_a_device_without_kernels_every_line_says_so(tmp_path):
     """The stand-in for an NPU has no tensors: what computes fails, each check with its own line, and nothing crashes."""
-    done = subprocess.run([sys.executable, "-c", SMOKE_ON_NPU], cwd=Path(__file__).parent.parent, env=stand_in(tmp_path),
-                          capture_output=True, text=True, timeout=300)  # fmt: skip
-    assert done.returncode == 1 and done.stderr == ""
-    rows = table(done.stdout)
+    (tmp_path / "smoke.py").write_text(SMOKE_ON_NPU)
+    statuses, out, err = ended(tmp_path / "smoke.py", **stand_in(tmp_path))
+    assert statuses == [1] and err == ""
+    rows = table(out)
     assert rows.pop("memory") == ("ok", "peak 3,072 MiB")
-    assert all(result == "failed" and "'npu' backend" in measured for result, measured in rows.values()), done.stdout
+    assert all(result == "failed" and "'npu' backend" in measured for result, measured in rows.values()), out
     assert {"set_device", "reset_peak_memory_stats", "get_rng_state", "max_memory_allocated"} <= {name for name, _ in calls(tmp_path)}

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from processes_at_hand import ended
 
 import chat
 import tokenizer as tokenizer_module
@@ -353,16 +354,15 @@ def test_one_shot_prints_the_answer_and_nothing_else(sft_dir, tokenizer):
     assert done.stdout.decode() == "".join(talk.answer("法国的首都？", talk.read("法国的首都？")[0])) + "\n"
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("flags, message", [
     (["--model", "no/such/model", "--prompt", "x"], "no/such/model does not exist"),
     (["--model", "SFT", "--prompt", "山" * 400], "the model reads 128"),
     (["--model", "SFT", "--prompt", "", "--top-p", "2", "--beams", "3"], "--prompt is empty"),
 ])  # fmt: skip
 def test_mistakes_are_one_line_and_exit_2(sft_dir, flags, message):
-    done = chat_process(*[sft_dir if flag == "SFT" else flag for flag in flags])
-    lines = done.stderr.decode().splitlines()
-    assert done.returncode == 2 and done.stdout == b""
+    statuses, out, err = ended("chat.py", *[sft_dir if flag == "SFT" else flag for flag in flags])
+    lines = err.splitlines()
+    assert statuses == [2] and out == ""
     assert len(lines) == 1 and lines[0].startswith("error: ") and message in lines[0]
 
 

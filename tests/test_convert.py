@@ -18,6 +18,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from processes_at_hand import ended
 from tokenizers_at_hand import REPO
 
 import convert as cv
@@ -382,13 +383,10 @@ def test_rows_that_stay_equal_are_told(tmp_path, ours_dir, capsys):
 
 def test_the_command_line(tmp_path, tokenizer_dir):
     model = saved(tmp_path, tokenizer_dir)
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-
-    def command(*words):
-        return subprocess.run([sys.executable, "convert.py", *map(str, words)], cwd=REPO, env=environment, capture_output=True, text=True)
-
-    done = command("export-megatron", "--model", model, "--tp", 2, "--out", tmp_path / "out")
+    words = ["export-megatron", "--model", model, "--tp", "2", "--out", tmp_path / "out"]
+    done = subprocess.run([sys.executable, "convert.py", *words], cwd=REPO, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True,
+                          text=True)  # fmt: skip
     assert done.returncode == 0 and "read back and equal" in done.stdout and "writing" in done.stderr
-    wrong = command("export-megatron", "--model", model, "--tp", 0, "--layers", "a,b", "--out", tmp_path / "other")
-    assert wrong.returncode == 2 and "--tp must be at least 1, not 0" in wrong.stderr and "--layers must be numbers" in wrong.stderr
-    assert len(wrong.stderr.splitlines()) == 1 and not (tmp_path / "other").exists()
+    statuses, _, err = ended("convert.py", "export-megatron", "--model", model, "--tp", 0, "--layers", "a,b", "--out", tmp_path / "other")
+    assert statuses == [2] and "--tp must be at least 1, not 0" in err and "--layers must be numbers" in err
+    assert len(err.splitlines()) == 1 and not (tmp_path / "other").exists()

@@ -6,7 +6,6 @@ from settings import UserError
 
 import importlib.util
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -16,6 +15,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from npu_at_hand import GIB, build_kernels, calls, stand_in
+from processes_at_hand import ended, finished
 
 import devices
 from devices import pick_device, pick_dtype
@@ -151,30 +151,33 @@ def test_out_of_memory_is_recognised_on_every_device():
 # NPU
 
 
-def test_torch_npu_is_imported_only_when_asked_for(tmp_path):
-    done = run("import bench, chat, devices, eval, pretrain, sft, sys; assert 'torch_npu' not in sys.modules; "
-               "devices.pick_device('auto')", stand_in(tmp_path))  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert calls(tmp_path) == []
+def test_torch_npu_is_imported_only_when_asked_for_and_auto_takes_it_where_torch_has_loaded_it(tmp_path):
+    done = run("""if True:
+        import bench, chat, devices, eval, os, pretrain, sft, sys
+        assert "torch_npu" not in sys.modules and devices.pick_device("auto") != "npu"
+        assert not os.path.exists(os.environ["NPU_CALLS"])
+        import torch_npu
+        print(devices.pick_device())
+    """, stand_in(tmp_path))  # fmt: skip
+    assert done.stdout == "npu\n", done.stderr
 
 
 def broken(directory: Path) -> dict:
     (directory / "torch_npu.py").write_text("raise ImportError('libhccl.so: cannot open shared object file')")
-    return {**os.environ, "PYTHONPATH": str(directory)}
+    return {"PYTHONPATH": str(directory)}
 
 
 @pytest.mark.parametrize("environment, words", [
-    (lambda directory: dict(os.environ), f"pip install torch-npu=={torch.__version__.partition('+')[0]}, install CANN"),
+    (lambda directory: {}, f"pip install torch-npu=={torch.__version__.partition('+')[0]}, install CANN"),
     (broken, "does not load (libhccl.so: cannot open shared object file); install CANN and `source"),
     (lambda directory: stand_in(directory, count=0), "finds no such device here; `npu-smi info`"),
 ], ids=["no package", "no CANN", "no NPU"])  # fmt: skip
 def test_a_missing_npu_is_one_line(tmp_path, environment, words):
     if "pip" in words and importlib.util.find_spec("torch_npu"):
         pytest.skip("torch_npu is installed here")
-    done = subprocess.run([sys.executable, ROOT / "pretrain.py", "--device", "npu", "--out", tmp_path / "out"],
-                          env=environment(tmp_path), cwd=tmp_path, capture_output=True, text=True, timeout=300)  # fmt: skip
-    assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
-    assert done.stderr.startswith("error: --device npu") and words in done.stderr
+    statuses, _, err = ended("pretrain.py", "--device", "npu", "--out", tmp_path / "out", **environment(tmp_path))
+    assert statuses == [2] and err.count("\n") == 1, err
+    assert err.startswith("error: --device npu") and words in err
     assert not (tmp_path / "out").exists()
 
 
@@ -203,11 +206,6 @@ def test_every_call_goes_to_torch_npu(tmp_path):
                  ["manual_seed_all", [5]], ["get_rng_state", []], ["synchronize", []]):  # fmt: skip
         assert call in noted, call
     assert "set_rng_state" in [name for name, _ in noted]
-
-
-def test_an_npu_that_torch_has_loaded_is_taken_by_auto(tmp_path):
-    done = run("import torch_npu, devices; print(devices.pick_device())", stand_in(tmp_path))
-    assert done.stdout == "npu\n", done.stderr
 
 
 def test_an_npu_without_bf16_computes_in_fp16(tmp_path):
@@ -251,10 +249,10 @@ def kernels(tmp_path_factory) -> Path:
 
 @pytest.mark.slow
 def test_the_smoke_test_passes_on_an_npu(tmp_path, kernels):
-    done = run("from bench_smoke import *; assert set(smoke(SmokeConfig(device='npu')).values()) == {'ok'}",
-               stand_in(tmp_path, kernels=kernels))  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "hccl, one process" in done.stdout and "Ascend910B3, 64 GiB, can do bf16 fp16 fp32" in done.stdout
+    script = tmp_path / "smoke.py"
+    script.write_text("from bench_smoke import *; assert set(smoke(SmokeConfig(device='npu')).values()) == {'ok'}")
+    said = finished(script, processes=1, **stand_in(tmp_path, kernels=kernels))
+    assert "hccl, one process" in said and "Ascend910B3, 64 GiB, can do bf16 fp16 fp32" in said
 
 
 @pytest.mark.slow
@@ -262,13 +260,11 @@ def test_pretraining_on_npus_equals_pretraining_on_a_cpu(tmp_path, kernels, data
     """One process, two with DDP, two with FSDP, hccl between them: the losses of a CPU."""
     flags = ["--data", data_dir, "--model", "tiny", "--seq-len", "32", "--batch-size", "4", "--micro-batch", "1", "--steps", "4",
              "--log-every", "1", "--eval-every", "4", "--eval-tokens", "256", "--save-every", "2", "--dtype", "fp32"]  # fmt: skip
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     losses = {}
-    for name, words, more in (("cpu", [], []), ("npu", [], []), ("ddp", torchrun, []), ("fsdp", torchrun, ["--fsdp"])):
-        device = "cpu" if name == "cpu" else "npu"
-        command = [sys.executable, *words, ROOT / "pretrain.py", *flags, *more, "--device", device, "--out", tmp_path / name]
-        done = subprocess.run(command, env=stand_in(tmp_path, kernels=kernels), capture_output=True, text=True, timeout=600)
-        assert done.returncode == 0, done.stdout + done.stderr
+    runs = (("cpu", "cpu", 1, []), ("npu", "npu", 1, []), ("ddp", "npu", 2, []), ("fsdp", "npu", 2, ["--fsdp"]))
+    for name, device, processes, more in runs:
+        finished("pretrain.py", *flags, *more, "--device", device, "--out", tmp_path / name, processes=processes,
+                 **stand_in(tmp_path, kernels=kernels))  # fmt: skip
         lines = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
         losses[name] = [value for line in lines for key, value in line.items() if key in ("loss", "val_loss")]
     assert len(losses["cpu"]) == 6  # four steps, validation before and after

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 from examinees_at_hand import CONTEXT, next_log_probs
+from processes_at_hand import ended
 from tokenizers_at_hand import REPO, poem
 from torch import nn
 
@@ -294,13 +295,11 @@ def test_bad_models_and_texts(model_dir, data_dir, examinee, tmp_path):
 
 def test_the_command_itself(model_dir, exam_dir):
     """One good run, one mistake: a table and exit 0, one line and exit 2."""
-    def command(*words: str):
-        return subprocess.run([sys.executable, REPO / "eval.py", "--model", model_dir, "--device", "cpu", *words], cwd=exam_dir,
-                              capture_output=True, text=True, encoding="utf-8", env={**os.environ, "PYTHONPATH": ""})  # fmt: skip
-
-    good = command("--tasks", "exam", "--data", str(exam_dir), "--score", "text", "--dtype", "fp32")
+    words = ["--model", model_dir, "--device", "cpu", "--tasks", "exam"]
+    good = subprocess.run([sys.executable, REPO / "eval.py", *words, "--data", exam_dir, "--score", "text", "--dtype", "fp32"],
+                          cwd=exam_dir, capture_output=True, text=True, encoding="utf-8", env={**os.environ, "PYTHONPATH": ""})  # fmt: skip
     assert good.returncode == 0, good.stderr
     assert "all" in good.stdout and "chance" in good.stdout and "25.00%" in good.stdout
-    bad = command("--tasks", "exam", "--data", str(exam_dir / "nowhere"))
-    assert (bad.returncode, bad.stdout) == (2, "")
-    assert bad.stderr.startswith("error: --data: ") and bad.stderr.count("\n") == 1
+    statuses, out, err = ended("eval.py", *words, "--data", exam_dir / "nowhere")
+    assert (statuses, out) == ([2], "")
+    assert err.startswith("error: --data: ") and err.count("\n") == 1

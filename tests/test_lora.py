@@ -7,6 +7,7 @@ from settings import UserError, parse_config
 import dataclasses
 import importlib.util
 import json
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from safetensors.torch import load_file
 from test_pretrain import flags, losses, terminating
 from test_sft import base_dir, chats, settings  # noqa: F401  fixtures
 
+import adapter_files
 import adapters
 import pretrain
 import sft
@@ -30,7 +32,7 @@ needs_deepspeed = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is No
 
 @pytest.fixture
 def lora(settings) -> dict:  # noqa: F811
-    return {**settings, "lora_rank": 4, "lora_targets": ("all",), "lora_dropout": 0.0, "train_also": (), "keep": 9}
+    return {**settings, "lora_rank": 4, "lora_targets": ("all",), "lora_dropout": 0.0, "train_also": (), "keep": 9, "sample_tokens": 2}
 
 
 def words(config: dict) -> list[str]:
@@ -43,19 +45,19 @@ def same_files(one: Path, other: Path, names=("adapter_model.safetensors", "opti
     return all(a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a) for a, b in pairs)
 
 
-@pytest.mark.parametrize("changes", [dict(base_quant="nf4-double", lora_dropout=0.1, dtype="bf16"), dict(dora=True, train_also=("norm", "embed")),
-                                     dict(base_quant="int8", rslora=True, dtype="fp16")],
+@pytest.mark.parametrize("changes", [dict(base_quant="nf4-double", lora_dropout=0.1, dtype="bf16"),
+                                     dict(dora=True, train_also=("norm", "embed")), dict(base_quant="int8", rslora=True, dtype="fp16")],
                          ids=["qlora", "dora", "int8"])  # fmt: skip
 def test_stopped_and_resumed_equals_uninterrupted_bit_for_bit(lora, changes, monkeypatch, tmp_path):
-    lora |= changes
+    lora |= {**changes, "steps": 8}
     main(Config(**lora))
     other = {**lora, "out": tmp_path / "other"}
     with monkeypatch.context() as patch:
-        patch.setattr(sft, "learning_rate", terminating(sft.learning_rate, 6))
+        patch.setattr(sft, "learning_rate", terminating(sft.learning_rate, 4))
         main(Config(**other))
-    assert len(losses(other["out"])) == 7
+    assert len(losses(other["out"])) == 5
     main(Config(**other))
-    assert losses(other["out"]) == losses(lora["out"]) and same_files(other["out"] / "step-000010", lora["out"] / "step-000010")
+    assert losses(other["out"]) == losses(lora["out"]) and same_files(other["out"] / "step-000008", lora["out"] / "step-000008")
     assert losses(lora["out"])[-1] < losses(lora["out"])[0]
 
 
@@ -66,9 +68,9 @@ def test_a_step_holds_only_what_is_trained(lora):
     names = load_file(step / "adapter_model.safetensors")
     assert {key.split(".")[-2] for key in names} == {"lora_A", "lora_B", "input_layernorm", "post_attention_layernorm", "norm"}
     remembered = {key.rpartition(":")[0] for key in load_file(step / "optimizer.safetensors")}
-    assert {adapters.peft_key(name) for name in remembered} == set(names)
+    assert {adapter_files.peft_key(name) for name in remembered} == set(names)
     assert not (step / "config.json").exists() and not (lora["out"] / "config.json").exists()
-    adapter = adapters.open_adapter(lora["out"], llama, lora["init_from"])
+    adapter = adapter_files.open_adapter(lora["out"], llama, lora["init_from"])
     assert adapter.config.rank == 4 and adapter.base["storage"] == "none"
     assert main(Config(**lora))["step"] == 10  # a finished run: nothing to do
 
@@ -79,6 +81,23 @@ def test_training_moves_what_learns_and_the_samples_come_from_both(lora):
     base, tuned = load_model(lora["init_from"]), load_model(lora["init_from"], adapters=[lora["out"]])
     changed = {name for (name, a), b in zip(base.named_parameters(), tuned.parameters()) if not torch.equal(a, b)}
     assert changed == {name for name, p in base.named_parameters() if p.dim() == 2 and "embed" not in name and "head" not in name}
+
+
+def test_a_base_is_packed_tensor_by_tensor(lora, monkeypatch):
+    """Two of its tensors in memory at most: the one being packed, and the one being read."""
+    read, alive = sft.model_tensors, []
+
+    def watched(*where):
+        for name, tensor in read(*where):
+            alive.append(weakref.ref(tensor))
+            assert sum(reference() is not None for reference in alive) <= 2
+            yield name, tensor
+            del tensor
+
+    monkeypatch.setattr(sft, "model_tensors", watched)
+    main(Config(**{**lora, "steps": 1, "base_quant": "nf4-double", "sample_tokens": 0}))
+    assert len(alive) == len(Llama(LlamaConfig.from_json(lora["init_from"])).parameter_shapes())
+    assert not (lora["out"] / "samples.txt").exists()
 
 
 def test_offloaded_adamw_is_adamw():
@@ -116,9 +135,10 @@ def test_pretraining_with_an_adapter_and_shifted_groups(base_dir, tmp_path):  # 
     """LongLoRA: a longer window by interpolation, groups in training, embedding and norms learning beside the adapter."""
     tokens = np.random.default_rng(0).integers(3, 90, 8000).astype(np.uint16)
     tokens.tofile(tmp_path / "text.bin")
-    config = pretrain.Config(data=tmp_path / "text.bin", tokenizer=base_dir, init_from=base_dir, out=tmp_path / "run", steps=4, batch_size=4,
-                             seq_len=128, rope_scaling="linear", rope_factor=2.0, lora_rank=4, lora_targets=("attention",), s2_attn=True,
-                             train_also=("norm", "embed"), lr=1e-2, checkpointing=True, log_every=1, device="cpu", dtype="fp32")  # fmt: skip
+    config = pretrain.Config(data=tmp_path / "text.bin", tokenizer=base_dir, init_from=base_dir, out=tmp_path / "run", steps=4,
+                             batch_size=4, seq_len=128, rope_scaling="linear", rope_factor=2.0, lora_rank=4, lora_targets=("attention",),
+                             s2_attn=True, train_also=("norm", "embed"), lr=1e-2, checkpointing=True, log_every=1, device="cpu",
+                             dtype="fp32")  # fmt: skip
     pretrain.main(config)
     found = json.loads((tmp_path / "run" / "adapter_base.json").read_text())["config"]
     assert found["rope_scaling"]["factor"] == 2.0 and found["max_position_embeddings"] == 128
@@ -194,11 +214,11 @@ def test_another_adapter_base_or_kind_of_run_does_not_go_on(lora, tmp_path):
     step = str(lora["out"] / "step-000004")
     with pytest.raises(UserError, match="--lora-rank was 4 and is 2"):
         main(Config(**{**lora, "lora_rank": 2}))
-    with pytest.raises(UserError, match="another adapter was trained there .*rank 4 and now 2"):
+    with pytest.raises(UserError, match=r"another adapter was trained there .*rank 4 and now 2"):
         main(Config(**{**lora, "lora_rank": 2, "out": tmp_path / "b", "resume": step}))
     with pytest.raises(UserError, match="an adapter was trained there, and now the whole model"):
         main(Config(**{**lora, "lora_rank": None, "out": tmp_path / "c", "resume": step}))
-    with pytest.raises(UserError, match="is an adapter and no whole model.*convert.py merge"):
+    with pytest.raises(UserError, match=r"is an adapter and no whole model.*convert\.py merge"):
         main(Config(**{**lora, "init_from": lora["out"], "out": tmp_path / "d"}))
 
 

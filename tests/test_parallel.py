@@ -12,14 +12,13 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
+from processes_at_hand import ended, finished, free_port
 from safetensors.torch import load_file
 from test_pretrain import REPOSITORY, changed, flags, losses, run, same_weights, settings, tiny_config, validation  # noqa: F401  fixtures
-from test_torchrun import free_port
 
 import checkpoint
 from checkpoint import load_model, save_model
@@ -39,20 +38,13 @@ def hashes(out: Path) -> dict[int, str]:
     return {line["step"]: line["batch_hash"] for line in read_metrics(out / "metrics.jsonl") if "batch_hash" in line}
 
 
-def finished(*arguments, torchrun: int = 2, script: str = "pretrain.py") -> str:
-    process = run(script, *arguments, torchrun=torchrun)
-    out, err = process.communicate(timeout=300)
-    assert process.returncode == 0, err
-    return out
-
-
 @pytest.fixture(scope="module")
 def ddp(tmp_path_factory, tiny_config, data_dir):  # noqa: F811
-    """Twenty steps of two processes under DDP, each step in two micro-batches per process, saved half-way and at the end."""
-    base = dict(data=data_dir, model=tiny_config, steps=20, batch_size=8, micro_batch=2, lr=5e-3, dtype="fp32", device="cpu",
-                log_every=1, eval_every=10, save_every=10)  # fmt: skip
+    """Ten steps of two processes under DDP, each step in two micro-batches per process, saved half-way and at the end."""
+    base = dict(data=data_dir, model=tiny_config, steps=10, batch_size=8, micro_batch=2, lr=5e-3, dtype="fp32", device="cpu",
+                log_every=1, eval_every=10, save_every=5)  # fmt: skip
     out = tmp_path_factory.mktemp("ddp") / "run"
-    finished(*flags({**base, "out": out}))
+    finished("pretrain.py", *flags({**base, "out": out}))
     return base, out
 
 
@@ -62,21 +54,21 @@ def test_the_losses_are_those_of_ddp_and_a_run_goes_on_bit_for_bit(way, ddp, tmp
     base, reference = ddp
     transformers = pytest.importorskip("transformers")
     whole, rest = tmp_path / "whole", tmp_path / "rest"
-    finished(*flags({**base, "out": whole}), *WAYS[way])
+    finished("pretrain.py", *flags({**base, "out": whole}), *WAYS[way])
     assert losses(whole) == pytest.approx(losses(reference), abs=2e-5) and hashes(whole) == hashes(reference)
     assert [loss for _, loss in validation(whole)] == pytest.approx([loss for _, loss in validation(reference)], abs=2e-5)
 
-    half = whole / "step-000010"
-    finished(*flags({**base, "out": rest, "resume": half}), *WAYS[way])
-    assert losses(rest) == losses(whole)[10:] and same_weights(rest, whole)
+    half = whole / "step-000005"
+    finished("pretrain.py", *flags({**base, "out": rest, "resume": half}), *WAYS[way])
+    assert losses(rest) == losses(whole)[5:] and same_weights(rest, whole)
 
     takers = [tmp_path / "alone"]
     main(Config(**{**base, "model": str(base["model"]), "out": takers[0], "resume": str(half)}))  # one process takes over
     if way in ("fsdp", "zero-2"):  # and this way takes over from DDP
         takers.append(tmp_path / "switched")
-        finished(*flags({**base, "out": takers[1], "resume": reference / "step-000010"}), *WAYS[way])
+        finished("pretrain.py", *flags({**base, "out": takers[1], "resume": reference / "step-000005"}), *WAYS[way])
     for out in takers:
-        assert losses(out) == pytest.approx(losses(reference)[10:], abs=1e-4)
+        assert losses(out) == pytest.approx(losses(reference)[5:], abs=1e-4)
         assert hashes(out).items() <= hashes(reference).items()
 
     theirs, info = transformers.AutoModelForCausalLM.from_pretrained(whole, output_loading_info=True)
@@ -93,11 +85,11 @@ def test_checkpointing_tied_weights_offloading_and_bf16_when_shared_out(way, ddp
     dataclasses.replace(LlamaConfig.from_json(base["model"]), tie_word_embeddings=True).to_json(tied)
     base = {**base, "model": tied, "steps": 6, "eval_every": 6, "save_every": 6}
     main(Config(**{**base, "model": str(tied), "out": tmp_path / "one"}))
-    finished(*flags({**base, "out": tmp_path / "tied"}), *WAYS[way], "--checkpointing", *["--offload"] * (way == "zero-3"))
+    finished("pretrain.py", *flags({**base, "out": tmp_path / "tied"}), *WAYS[way], "--checkpointing", *["--offload"] * (way == "zero-3"))
     assert losses(tmp_path / "tied") == pytest.approx(losses(tmp_path / "one"), abs=2e-5)
     if way == "fsdp":
         return
-    finished(*flags({**base, "out": tmp_path / "bf16", "dtype": "bf16"}), *WAYS[way])
+    finished("pretrain.py", *flags({**base, "out": tmp_path / "bf16", "dtype": "bf16"}), *WAYS[way])
     assert losses(tmp_path / "bf16") == pytest.approx(losses(tmp_path / "one"), abs=0.02)
 
 
@@ -117,7 +109,9 @@ def test_embeddings_alone_are_trained_however_the_model_is_shared_out(data_dir, 
     commands = [[*flags({**base, "out": tmp_path / way}), *words] for way, words in ways.items()]
     driver = tmp_path / "in_turns.py"
     driver.write_text(f"import sys\nsys.path.insert(0, {str(REPOSITORY)!r})\n" + IN_TURNS)
-    finished(json.dumps([[free_port(), command] for command in commands]), script=driver)
+    process = run(driver, json.dumps([[free_port(), command] for command in commands]), torchrun=2)
+    _, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
     for way in ways:
         assert losses(tmp_path / way) == pytest.approx(losses(tmp_path / "one")[4:], abs=2e-5 if way != "zero" else 0.02)
         assert changed(tmp_path / "base", tmp_path / way) == list(EMBEDDINGS)
@@ -143,9 +137,9 @@ def test_three_processes_go_on_bit_for_bit_and_reduce_once_per_step(ddp, tmp_pat
     base = {**base, "batch_size": 12, "steps": 6, "save_every": 3}
     driver = tmp_path / "counted.py"
     driver.write_text(f"import sys\nsys.path.insert(0, {str(REPOSITORY)!r})\n" + COUNTED)
-    out = finished(*flags({**base, "out": tmp_path / "whole"}), torchrun=3, script=driver)
+    out = finished(driver, *flags({**base, "out": tmp_path / "whole"}), processes=3)
     assert "reductions: 6" in out  # of a model that fits one bucket, in six steps of two micro-batches
-    finished(*flags({**base, "out": tmp_path / "rest", "resume": tmp_path / "whole" / "step-000003"}), torchrun=3, script=driver)
+    finished(driver, *flags({**base, "out": tmp_path / "rest", "resume": tmp_path / "whole" / "step-000003"}), processes=3)
     assert losses(tmp_path / "rest") == losses(tmp_path / "whole")[3:] and same_weights(tmp_path / "rest", tmp_path / "whole")
 
 
@@ -178,7 +172,7 @@ command_line(main, pretrain.Config)
 def test_deepspeeds_own_launcher(ddp, tmp_path):
     base, reference = ddp
     command = [Path(sys.executable).with_name("deepspeed"), "--num_gpus", "2", "--master_port", str(free_port()), "pretrain.py",
-               *flags({**base, "steps": 20, "out": tmp_path / "run"}), "--deepspeed", "2"]  # fmt: skip
+               *flags({**base, "out": tmp_path / "run"}), "--deepspeed", "2"]  # fmt: skip
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu",
                    "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}  # fmt: skip
     done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=300)
@@ -189,29 +183,35 @@ def test_deepspeeds_own_launcher(ddp, tmp_path):
 @pytest.mark.slow
 def test_killed_on_two_processes_goes_on_on_one_and_back(settings, tmp_path):  # noqa: F811
     """The same batches in the same order, the same losses up to the order of additions."""
-    settings |= dict(dropout=0.0, steps=60, save_every=3, eval_every=100)
+    settings |= dict(dropout=0.0, steps=30, save_every=3, eval_every=100)
     main(Config(**settings))
     other = {**settings, "out": tmp_path / "moved"}
-    for torchrun, until in ((2, 12), (0, 30)):
-        process = run("pretrain.py", *flags(other), torchrun=torchrun)
-        deadline = time.time() + 200
-        while len(losses(other["out"])) < until and process.poll() is None and time.time() < deadline:
-            time.sleep(0.02)
-        assert process.poll() is None, process.stderr.read()
-        kill_tree(process.pid)
-        process.wait(60)
-        assert until <= len(losses(other["out"])) < 60
-    assert "resuming at step" in finished(*flags(other))
-    assert losses(other["out"]) == pytest.approx(losses(settings["out"]), abs=1e-4) and len(losses(other["out"])) == 60
+    driver = tmp_path / "mortal.py"
+    driver.write_text(f"import sys\nsys.path.insert(0, {str(REPOSITORY)!r})\n" + MORTAL)
+    for processes, last in ((2, 11), (1, 20)):
+        statuses, _, err = ended(driver, last, *flags(other), processes=processes)
+        assert statuses == [-signal.SIGKILL] * processes, err
+        assert len(losses(other["out"])) == last  # two more than the newest checkpoint knows
+    assert "resuming at step" in finished("pretrain.py", *flags(other))
+    assert losses(other["out"]) == pytest.approx(losses(settings["out"]), abs=1e-4) and len(losses(other["out"])) == 30
     assert hashes(other["out"]) == hashes(settings["out"])
 
 
-def kill_tree(pid: int) -> None:
-    """SIGKILL to a process and all that it has started: torchrun's workers have sessions of their own."""
-    children = subprocess.run(["ps", "-o", "pid=", "--ppid", str(pid)], capture_output=True, text=True).stdout.split()
-    for child in children:
-        kill_tree(int(child))
-    os.kill(pid, signal.SIGKILL)
+MORTAL = """
+from settings import command_line
+import os, signal
+import pretrain
+
+rate, last = pretrain.learning_rate, int(sys.argv.pop(1))
+
+def mortal(step, *rest):
+    if step == last:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return rate(step, *rest)
+
+pretrain.learning_rate = mortal
+command_line(pretrain.main, pretrain.Config)
+"""
 
 
 # ---- the 8B, in small and on paper -----------------------------------------------------------------------------------
@@ -231,16 +231,16 @@ def test_a_small_twin_of_llama3_8b_is_written_by_both_ranks_in_many_files(way, d
     driver.write_text(f"import sys\nsys.path.insert(0, {str(REPOSITORY)!r})\n"
                       "from settings import command_line\nimport checkpoint, pretrain\n"
                       "checkpoint.SHARD_BYTES = 400_000\ncommand_line(pretrain.main, pretrain.Config)\n")
-    finished(*flags({**base, "out": tmp_path / "whole"}), *WAYS[way], script=driver)
+    finished(driver, *flags({**base, "out": tmp_path / "whole"}), *WAYS[way])
     half = tmp_path / "whole" / "step-000002"
     assert not damage(half) and len(list(half.glob("model-0*.safetensors"))) > 3 and len(list(half.glob("optimizer-0*.safetensors"))) > 3
     if way != "fsdp":
-        finished(*flags({**base, "out": tmp_path / "rest", "resume": half}), *WAYS[way], script=driver)
+        finished(driver, *flags({**base, "out": tmp_path / "rest", "resume": half}), *WAYS[way])
         assert same_weights(tmp_path / "rest", tmp_path / "whole") and losses(tmp_path / "rest") == losses(tmp_path / "whole")[2:]
         return
     shutil.copytree(tmp_path / "whole" / "step-000004", tmp_path / "given", ignore=shutil.ignore_patterns("manifest.json"))
     again = {**base, "init_from": tmp_path / "given", "steps": 1, "lr": 1e-9, "out": tmp_path / "next"}
-    finished(*flags(again), *WAYS[way])
+    finished("pretrain.py", *flags(again), *WAYS[way])
     assert validation(tmp_path / "next")[0][1] == pytest.approx(validation(tmp_path / "whole")[-1][1], abs=1e-4)
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from processes_at_hand import REPOSITORY, ended, finished
 from safetensors.torch import load_file
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -25,10 +26,8 @@ from checkpoint import load_model, save_model
 from model import Llama, LlamaConfig
 from parallel import freeze
 from pretrain import EMBEDDINGS, Batches, Config, document_ids, learning_rate, main, shuffled
-from progress import Progress, read_metrics
+from progress import Progress, plot_loss, read_metrics
 from tokenizer import load_tokenizer
-
-REPOSITORY = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture(scope="session")
@@ -40,7 +39,9 @@ def tiny_config(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def settings(tiny_config, data_dir, tmp_path) -> dict:
+def settings(tiny_config, data_dir, tmp_path, monkeypatch) -> dict:
+    """Of a run in some seconds: its curve is not drawn, which would be half of them."""
+    monkeypatch.setattr(pretrain, "plot_loss", lambda metrics, out, title: None)
     return dict(data=data_dir, model=str(tiny_config), out=tmp_path / "run", steps=12, batch_size=8, micro_batch=4, lr=5e-3,
                 dtype="fp32", device="cpu", dropout=0.1, log_every=1, eval_every=6, save_every=5)  # fmt: skip
 
@@ -122,7 +123,8 @@ def test_schedules():
 # ---- runs ------------------------------------------------------------------------------------------------------------
 
 
-def test_a_run_learns_and_leaves_everything(settings, capsys):
+def test_a_run_learns_and_leaves_everything(settings, capsys, monkeypatch):
+    monkeypatch.setattr(pretrain, "plot_loss", plot_loss)
     result = main(Config(**{**settings, "steps": 40, "dropout": 0.0}))
     out = settings["out"]
     curve = losses(out)
@@ -324,30 +326,24 @@ def test_two_processes_equal_one(settings):
 @pytest.mark.slow
 def test_terminated_and_resumed_equals_uninterrupted(settings):
     """SIGTERM to torchrun, which passes it on; SIGKILL is for test_bench_faults.py."""
-    torchrun = 2
     settings.update(steps=60, save_every=4, log_every=1, eval_every=100)
-    whole = run("pretrain.py", *flags(settings), torchrun=torchrun)
-    assert whole.wait(300) == 0, whole.stderr.read()
+    finished("pretrain.py", *flags(settings))
     other = {**settings, "out": settings["out"].with_name("killed")}
-    process = run("pretrain.py", *flags(other), torchrun=torchrun)
+    process = run("pretrain.py", *flags(other), torchrun=2)
     deadline = time.time() + 200
     while len(losses(other["out"])) < 9 and time.time() < deadline:
         time.sleep(0.02)
     process.send_signal(signal.SIGTERM)
     process.wait(60)
     assert 9 <= len(losses(other["out"])) < 60
-    again = run("pretrain.py", *flags(other), torchrun=torchrun)
-    out, err = again.communicate(timeout=300)
-    assert again.returncode == 0, err
-    assert "resuming at step" in out
+    assert "resuming at step" in finished("pretrain.py", *flags(other))
     assert losses(other["out"]) == losses(settings["out"]) and validation(other["out"]) == validation(settings["out"])
     assert same_weights(settings["out"], other["out"])
 
 
 def test_mistakes_are_one_line_and_exit_2(settings, tmp_path):
-    process = run("pretrain.py", "--data", tmp_path / "nothing", "--out", tmp_path / "out")
-    out, err = process.communicate(timeout=100)
-    assert process.returncode == 2 and out == "" and err.count("\n") == 1
+    statuses, out, err = ended("pretrain.py", "--data", tmp_path / "nothing", "--out", tmp_path / "out")
+    assert statuses == [2] and out == "" and err.count("\n") == 1
     assert err.startswith("error: --data") and "python data_process.py textbook" in err
     assert not (tmp_path / "out").exists()
 
