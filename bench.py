@@ -1,6 +1,7 @@
 """Measure speed and memory, side by side and in interleaved repeats, because machines are noisy.
 
     python bench.py train  --model 92m --against transformers --markdown    # training steps: tokens/s, MFU, peak memory
+    python bench.py train  --model 218m --lora-rank 64 --base-quant nf4-double --against full     # an adapter, beside all of the model
     python bench.py loss   --model 92m                                      # our loss, torch's fused one, the plain one
     python bench.py decode --model 92m --against transformers               # reading a prompt, writing an answer
     python bench.py data   --tokenizer out/tokenizer --input big.txt --sides sentencepiece 1 2 1+clean 2+clean
@@ -35,6 +36,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import devices
+from adapters import AdapterFlags, attach, first_values
 from bench_convert import ConvertConfig, convert
 from bench_data import DataConfig, data, data_worker
 from bench_faults import FaultsConfig, faults
@@ -43,8 +45,11 @@ from bench_smoke import SmokeConfig, smoke
 from bench_turns import GIB, Config, compare, each, gib, middle, report, spread, take_turns
 from checkpoint import resolve_model_dir
 from model import IGNORE, PRESETS, Llama, LlamaConfig, linear_cross_entropy
+from offload import HostAdamW
+from parallel import Replicated
 from progress import human
 from runtime import Machine, MachineConfig
+from sparse_attention import check_groups
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +68,7 @@ class ModelConfig(Config):
         if self.model not in PRESETS and not Path(self.model).exists():
             found.append(f"--model {self.model} is neither a preset ({', '.join(PRESETS)}) nor a file or directory")
         against = getattr(self, "against", None)
-        if against and importlib.util.find_spec(against) is None:
+        if against not in (None, "full") and importlib.util.find_spec(against) is None:
             found.append(f"--against {against} needs that package: pip install {against}")
         return found
 
@@ -94,11 +99,29 @@ class LossConfig(ModelConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainConfig(LossConfig):
-    against: str | None = flag(None, "put another library's model beside ours", choices=("transformers",))
+class TrainConfig(AdapterFlags, LossConfig):
+    against: str | None = flag(None, "put another library's model beside ours; full: beside an adapter, all of the model learns",
+                               choices=("transformers", "full"))  # fmt: skip
     compile: bool = flag(False, "torch.compile both models")
     checkpointing: bool = flag(False, "recompute activations in backward")
+    s2_attn: bool = flag(False, "train with LongLoRA's shifted sparse attention: groups of a quarter of a sequence")
+    offload_optimizer: bool = flag(False, "keep AdamW's two numbers per trained parameter in the host's memory")
     peak_tflops: float | None = flag(None, "the device's data-sheet peak, for MFU, where it is not in our table")
+
+    fsdp, deepspeed = False, None  # what AdapterFlags looks at beside: here is one device
+
+    def problems(self) -> list[str]:
+        found = super().problems() + self.adapter_problems()
+        if self.against == "full" and self.lora_rank is None:
+            found.append("--against full is for an adapter: it needs --lora-rank")
+        if self.against == "transformers" and (self.lora_rank or self.s2_attn or self.offload_optimizer):
+            found.append("--against transformers has no counterpart of --lora-rank, --s2-attn and --offload-optimizer")
+        return found
+
+    @property
+    def side(self) -> str:
+        """What our side is called."""
+        return "lora" if self.lora_rank else "cria"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,7 +140,7 @@ def build(llama: LlamaConfig, side: str, machine: Machine, dtype: torch.dtype) -
     """Our model or transformers', with the same random weights: each matrix is seeded by its name, which both share."""
     torch.set_default_dtype(dtype)
     with machine.device:
-        if side == "cria":
+        if side != "transformers":
             model = Llama(llama)
         else:
             from transformers import LlamaConfig as TheirConfig
@@ -127,9 +150,26 @@ def build(llama: LlamaConfig, side: str, machine: Machine, dtype: torch.dtype) -
             model = LlamaForCausalLM(TheirConfig(**theirs, attn_implementation="sdpa"))
     torch.set_default_dtype(torch.float32)
     for name, parameter in model.named_parameters():
-        if parameter.dim() > 1:
-            dice = torch.Generator(machine.device).manual_seed(zlib.crc32(name.encode()))
-            nn.init.normal_(parameter, std=llama.initializer_range, generator=dice)
+        first_weights(name, parameter.data, llama)
+    return model
+
+
+def first_weights(name: str, tensor: torch.Tensor, llama: LlamaConfig) -> torch.Tensor:
+    """Fill a matrix with random numbers, seeded by its name; a vector with ones."""
+    if tensor.dim() == 1:
+        return tensor.fill_(1)
+    dice = torch.Generator(tensor.device).manual_seed(zlib.crc32(name.encode()))
+    return tensor.normal_(std=llama.initializer_range, generator=dice)
+
+
+def build_adapted(config: TrainConfig, llama: LlamaConfig, machine: Machine) -> Llama:
+    """Our model with the same weights, frozen and stored as --base-quant says, and an adapter: as sft.py makes it. Its memory is
+    filled tensor by tensor; the model as it was is never there."""
+    parallel = Replicated(machine, MachineConfig())
+    model = parallel.build(llama, lambda model: attach(model, config.adapter(llama), config.base_quant, machine.dtype))
+    parallel.wrap(model, None, clip=0, micro_batch=config.micro_batch, micro_batches=1)
+    empty = ((name, torch.empty(shape, device=machine.device)) for name, shape in model.parameter_shapes().items())
+    parallel.fill(first_values(((name, first_weights(name, tensor, llama)) for name, tensor in empty), model, config.seed))
     return model
 
 
@@ -164,14 +204,18 @@ def train_worker(config: TrainConfig, side: str) -> dict:
     machine, llama = config.machine(), config.llama()
     before = memory_before(machine, side)
     with machine.explain_out_of_memory("lower --micro-batch or --seq-len, or add --checkpointing"):
-        model = build(llama, side, machine, torch.float32).train()
-        if config.checkpointing and side == "cria":
-            model.checkpointing = True
+        model = build_adapted(config, llama, machine) if side == "lora" else build(llama, side, machine, torch.float32)
+        model.train()
+        if side != "transformers":
+            model.checkpointing = config.checkpointing
+            model.group_size = check_groups(llama, config.length(llama)) if config.s2_attn else 0
         elif config.checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         if config.compile:
             model.compile()
-        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=devices.supports(machine.device.type, "fused_adamw"))
+        adamw = HostAdamW if config.offload_optimizer else torch.optim.AdamW
+        learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        optimizer = adamw(learning, lr=1e-4, fused=devices.supports(machine.device.type, "fused_adamw"))
         shape = (config.micro_batch, config.length(llama))
         tokens = torch.randint(0, llama.vocab_size, shape, generator=torch.Generator().manual_seed(config.seed))
         tokens = tokens.to(machine.device)  # [B, T]
@@ -179,10 +223,10 @@ def train_worker(config: TrainConfig, side: str) -> dict:
 
         def step() -> torch.Tensor:
             with machine.autocast():
-                if side == "cria":
-                    loss = model(tokens, targets)
-                else:
+                if side == "transformers":
                     loss = model(tokens, labels=tokens, use_cache=False).loss
+                else:
+                    loss = model(tokens, targets)
             machine.scaler.scale(loss).backward()
             machine.scaler.step(optimizer)
             machine.scaler.update()
@@ -280,30 +324,37 @@ def decode_worker(config: DecodeConfig, side: str) -> dict:
 
 def train(config: TrainConfig) -> dict:
     llama = config.llama()
-    T = config.length(llama)
-    runs = take_turns("train", config, ["cria"] + [config.against] * bool(config.against))
+    adapter, T = config.adapter(llama), config.length(llama)
+    runs = take_turns("train", config, [config.side] + [config.against] * bool(config.against))
     with torch.device("meta"):
-        model = Llama(llama)
+        whole = Llama(llama)
+        ours = Llama(llama)
+        if adapter:
+            attach(ours, adapter, config.base_quant)
     rows, summary = [], {}
     for side, results in runs.items():
         seconds, loss = middle(results, "seconds"), results[0]["loss"]
         speed = config.micro_batch * T / seconds
-        flops = speed * model.flops_per_token(T)
+        flops = speed * (ours if side == config.side else whole).flops_per_token(T)
         peak = config.peak_tflops * 1e12 if config.peak_tflops else results[0]["peak_flops"]
         mfu = flops / peak if peak else None
         summary[side] = {"seconds": seconds, "tokens_per_s": speed, "mfu": mfu, "loss": loss,
                          "peak_memory": middle(results, "peak_memory")}  # fmt: skip
         rows.append((side, f"{seconds:.3f}", spread(results), f"{speed:,.0f}", f"{flops / 1e12:.3g}",
                      f"{mfu:.1%}" if mfu else "–", *gib(results), f"{loss:.4f}"))  # fmt: skip
-    title = (f"{config.model}, {human(model.num_parameters())} parameters, vocabulary {llama.vocab_size:,} "
+    title = (f"{config.model}, {human(whole.num_parameters())} parameters, vocabulary {llama.vocab_size:,} "
              f"{'tied' if llama.tie_word_embeddings else 'untied'}, {config.micro_batch} x {T} tokens, AdamW"
-             + ", compiled" * config.compile + ", checkpointing" * config.checkpointing)  # fmt: skip
+             + ", compiled" * config.compile + ", checkpointing" * config.checkpointing + ", shifted sparse attention" * config.s2_attn
+             + ", optimizer on the host" * config.offload_optimizer)  # fmt: skip
+    if adapter:
+        learning = sum(shape.numel() for shape in ours.trained_shapes().values())
+        title += f"\nlora: {adapter.describe(llama, config.base_quant)}; {human(learning)} parameters learn"
     header = ("side", "s/step", "spread", "tokens/s", "TFLOP/s", "MFU", "peak GiB", "GiB before", "loss")
     if config.against:
         compare(runs, summary, {"speed": "seconds"})
-        ours, theirs = (summary[side]["loss"] for side in runs)
-        if abs(ours - theirs) > 0.01 * abs(theirs):
-            raise RuntimeError(f"the sides do not compute the same: loss {ours:.4f} and {theirs:.4f}")
+        loss, other = (summary[side]["loss"] for side in runs)
+        if config.against == "transformers" and abs(loss - other) > 0.01 * abs(other):
+            raise RuntimeError(f"the sides do not compute the same: loss {loss:.4f} and {other:.4f}")
     return report(config, title, header, rows, runs, summary)
 
 
@@ -355,7 +406,7 @@ def decode(config: DecodeConfig) -> dict:
 
 
 COMMANDS = {
-    "train": (train, TrainConfig, "training steps: tokens/s, MFU, peak memory; --against transformers", train_worker),
+    "train": (train, TrainConfig, "training steps: tokens/s, MFU, peak memory; --against transformers or full", train_worker),
     "loss": (loss, LossConfig, "the loss alone: ours, torch's fused one, the plain one", loss_worker),
     "decode": (decode, DecodeConfig, "generation: reading and writing speed; --against transformers", decode_worker),
     "data": (data, DataConfig, "text to token files: MB/s by number of workers", data_worker),

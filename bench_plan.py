@@ -2,9 +2,11 @@
 
     python bench.py plan --model llama3-8b --gpus 8 --gpu-memory 80 --gpu a100
     python bench.py plan --model llama3-8b --gpus 8 --gpu-memory 24 --deepspeed 3 --offload --host-memory 256
+    python bench.py plan --model llama2-7b --gpu-memory 12 --seq-len 512 --lora-rank 64 --base-quant nf4-double    # QLoRA
 
-Prints what a step holds on each device under every strategy (bench_memory.py has the formulas, docs/scale.md explains the
-columns), the strategy to take with its command, the time for --tokens, and the disk that checkpoints need. Nothing is run.
+Prints what a step holds on each device under every strategy (bench_memory.py and bench_activations.py have the formulas,
+docs/scale.md explains the columns), the strategy to take with its command, the time for --tokens, and the disk that
+checkpoints need. Nothing is run.
 """
 
 from __future__ import annotations
@@ -16,7 +18,8 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from bench_memory import DDP, GIB, OFFLOAD, OVERHEAD, STRATEGIES, Counts, Parts, Step, Strategy, count
+from adapters import AdapterFlags
+from bench_memory import DDP, GIB, OFFLOAD, OVERHEAD, STRATEGIES, ZERO1, ZERO2, Counts, Parts, Step, Strategy, count
 from checkpoint import resolve_model_dir
 from config import PRESETS, LlamaConfig
 from devices import PEAK_TFLOPS
@@ -25,10 +28,11 @@ from tables import markdown_table, print_table
 
 ENOUGH_TOKENS = 4096  # a GPU waits for its own kernels with much smaller micro-batches
 TOKENS_PER_STEP = 2**19  # of the batch that is proposed
+ROWS_PER_STEP = 16  # the same for an adapter: sft.py's own default, and QLoRA's
 
 
 @dataclass(frozen=True, kw_only=True)
-class PlanConfig:
+class PlanConfig(AdapterFlags):
     model: str = flag("92m", f"architecture: {', '.join(PRESETS)}, a config.json, or a model directory")
     vocab_size: int | None = flag(None, "default: the model's own")
     tied: bool | None = flag(None, "one matrix for embedding and output head; default: as the model has it")
@@ -41,12 +45,13 @@ class PlanConfig:
     dtype: str = flag("bf16", "arithmetic of the matrix products", choices=("bf16", "fp16", "fp32"))
     seq_len: int | None = flag(None, "tokens per sequence; default: all that the model reads")
     micro_batch: int | None = flag(None, "sequences that one device holds at a time; default: as many as fit")
-    batch_size: int | None = flag(None, "sequences per optimizer step, over all devices; default: about half a million tokens")
+    batch_size: int | None = flag(None, "sequences per optimizer step, over all devices; default: half a million tokens, adapters: 16")
     checkpointing: bool | None = flag(None, "recompute activations in backward; default: show both")
     train: str = flag("all", "what learns: all, or the embedding and the head alone", choices=("all", "embeddings"))
     fsdp: bool = flag(False, "show this strategy (default: all)")
     deepspeed: str | None = flag(None, "show this stage of DeepSpeed ZeRO", choices=("1", "2", "3"))
     offload: bool = flag(False, "show ZeRO-3 with weights and optimizer in the host's memory")
+    offload_optimizer: bool = flag(False, "AdamW's two numbers per trained parameter in the host's memory")
     tokens: float = flag(10e9, "tokens to train on, for the time")
     gpu: str | None = flag(None, "the device, for the time", choices=tuple(PEAK_TFLOPS))
     peak_tflops: float | None = flag(None, "its data-sheet peak in --dtype, where --gpu does not know it")
@@ -62,6 +67,13 @@ class PlanConfig:
             found.append(f"--mfu must be at most 1, not {self.mfu}")
         if self.offload and self.deepspeed in ("1", "2"):
             found.append(f"--offload is planned for --deepspeed 3, not {self.deepspeed}")
+        if self.offload and self.base_quant != "none":
+            found.append(f"--offload is planned for ZeRO-3, which cannot share out the packed weights of --base-quant {self.base_quant}")
+        if self.offload_optimizer and (self.fsdp or self.deepspeed or self.offload):
+            found.append("--offload-optimizer is for one device and for DDP; with DeepSpeed there is --offload")
+        if self.lora_rank is not None and self.train != "all":
+            found.append("--lora-rank goes beside --train-also, not --train")
+        found += self.adapter_problems()
         if self.model not in PRESETS and not Path(self.model).exists():
             found.append(f"--model {self.model} is neither a preset ({', '.join(PRESETS)}) nor a file or directory")
         if found:
@@ -89,19 +101,26 @@ class PlanConfig:
 
     def strategies(self) -> tuple[Strategy, ...]:
         """Those that were asked for; else all that make sense on so many devices."""
+        if self.offload_optimizer:
+            return (DDP,)
         wanted = {"--fsdp" if self.fsdp else None, OFFLOAD.flags if self.offload else f"--deepspeed {self.deepspeed}"}
         asked = tuple(strategy for strategy in STRATEGIES if strategy.flags in wanted)
-        return asked or (STRATEGIES if self.gpus > 1 else (DDP, OFFLOAD))
+        sensible = STRATEGIES if self.gpus > 1 else (DDP, OFFLOAD)
+        packable = (DDP, ZERO1, ZERO2) if self.base_quant != "none" else STRATEGIES
+        return asked or tuple(strategy for strategy in sensible if strategy in packable)
 
 
 def plan(config: PlanConfig) -> dict:
     """Print the table and the advice. Returns both: "rows", and "recommended", which is None where nothing fits."""
     llama = config.llama()
     T = config.length(llama)
-    counts = count(llama, T, config.train)
+    adapter = config.adapter(llama)
+    counts = count(llama, T, config.train, adapter, config.base_quant)
     modes = (False, True) if config.checkpointing is None else (config.checkpointing,)
     rows = [plan_row(config, counts, T, strategy, checkpointing) for strategy in config.strategies() for checkpointing in modes]
-    learning = f", of which {human(counts.trained)} are trained" * (counts.frozen > 0)
+    learning = f", of which {human(counts.trained)} are trained" * (counts.trained < counts.all and adapter is None)
+    if adapter:
+        print(f"{adapter.describe(llama, config.base_quant)}; {human(counts.trained)} parameters learn")
     print(f"{config.model}: {human(counts.all)} parameters{learning}, sequences of {T:,} tokens, {config.dtype}, {config.gpus} x "
           f"{config.gpu_memory:g} GiB ({config.device}), of which {config.reserve:.0%} stay free. GiB per device:\n")  # fmt: skip
     print_rows(rows, config.markdown)
@@ -112,12 +131,14 @@ def plan(config: PlanConfig) -> dict:
         print(f"\nrecommended: {_title(best)}, {total:.1f} of {config.gpu_memory:g} GiB per device\n    {best['command']}")
         print(_time_line(config, counts, best))
     else:
+        less = ("--offload-optimizer" if adapter and not config.offload_optimizer else "a lower --lora-rank" if adapter else
+                "--lora-rank with --base-quant or --deepspeed 3 --offload (with enough --host-memory)")  # fmt: skip
         print(f"\nnothing fits; {_title(min(rows, key=lambda row: row['parts'].total))} comes closest. More --gpus, a shorter --seq-len, a "
-              "smaller --micro-batch, --checkpointing or --deepspeed 3 --offload (with enough --host-memory) take less")  # fmt: skip
-    P = counts.all
-    print(f"disk: {(4 * P + 8 * counts.trained) / GIB:.1f} GiB per checkpoint (fp32 weights and two moments); "
-          f"final weights {4 * P / GIB:.1f} GiB, with --save-dtype bf16 {2 * P / GIB:.1f}")  # fmt: skip
-    return {"parameters": P, "rows": rows, "recommended": best}
+              f"smaller --micro-batch, --checkpointing or {less} take less")  # fmt: skip
+    saved, digits = (counts.trained, 2) if adapter else (counts.all, 1)  # beside an adapter no base
+    print(f"disk: {(4 * saved + 8 * counts.trained) / GIB:.{digits}f} GiB per checkpoint (fp32 weights and two moments); "
+          f"final weights {4 * saved / GIB:.{digits}f} GiB, with --save-dtype bf16 {2 * saved / GIB:.{digits}f}")  # fmt: skip
+    return {"parameters": counts.all, "rows": rows, "recommended": best}
 
 
 def plan_row(config: PlanConfig, counts: Counts, T: int, strategy: Strategy, checkpointing: bool) -> dict:
@@ -127,7 +148,8 @@ def plan_row(config: PlanConfig, counts: Counts, T: int, strategy: Strategy, che
 
     def step(micro_batch: int) -> Step:
         return Step(counts=counts, strategy=strategy, devices=N, tokens=micro_batch * T, checkpointing=checkpointing,
-                    e=4 if config.dtype == "fp32" else 2, accumulates=accumulates, kind=config.device)  # fmt: skip
+                    e=4 if config.dtype == "fp32" else 2, accumulates=accumulates, kind=config.device,
+                    offload_optimizer=config.offload_optimizer)  # fmt: skip
 
     host = step(1).states()[2] * min(N, config.per_machine)
 
@@ -186,16 +208,28 @@ def command(config: PlanConfig, row: dict, T: int) -> str:
     """What to type. Several machines: on each, with the first one's name for HOST."""
     machines, local = max(1, config.gpus // config.per_machine), min(config.gpus, config.per_machine)
     at_once = config.gpus * row["micro_batch"]
-    batch = config.batch_size or at_once * math.ceil(TOKENS_PER_STEP / T / at_once)
+    rows = ROWS_PER_STEP if config.lora_rank else TOKENS_PER_STEP / T
+    batch = config.batch_size or at_once * math.ceil(rows / at_once)
     several = f"--nnodes={machines} --rdzv-backend=c10d --rdzv-endpoint=HOST:29400" if machines > 1 else ""
-    continued, frozen = Path(config.model).is_dir(), config.train != "all"
+    continued, frozen = Path(config.model).is_dir(), config.train != "all" or config.lora_rank is not None
     model = f"--init-from {config.model}" if continued else f"--init-from path/to/{config.model}" if frozen else f"--model {config.model}"
-    words = ["python" if config.gpus == 1 else f"torchrun {several} --nproc_per_node={local}", "pretrain.py", model,
-             f"--train {config.train}" * frozen, f"--seq-len {T}",
-             row["strategy"].flags, "--checkpointing" * row["checkpointing"],
+    words = ["python" if config.gpus == 1 else f"torchrun {several} --nproc_per_node={local}",
+             "sft.py" if config.lora_rank else "pretrain.py", model, adapter_words(config),
+             f"--train {config.train}" * (config.train != "all"), f"--seq-len {T}",
+             row["strategy"].flags, "--checkpointing" * row["checkpointing"], "--offload-optimizer" * config.offload_optimizer,
              f"--micro-batch {row['micro_batch']} --batch-size {batch}", f"--device {config.device}" * (config.device != "cuda"),
              f"--dtype {config.dtype}" * (config.dtype != "bf16")]  # fmt: skip
     return " ".join(" ".join(words).split())
+
+
+def adapter_words(config: PlanConfig) -> str:
+    """The flags about adapters that were given."""
+    words = []
+    for field in dataclasses.fields(AdapterFlags):
+        value, name = getattr(config, field.name), f"--{field.name.replace('_', '-')}"
+        if value != field.default:
+            words += [name] if value is True else [name, *map(str, value if isinstance(value, tuple) else (value,))]
+    return " ".join(words)
 
 
 def seconds(config: PlanConfig, counts: Counts, row: dict) -> float | None:

@@ -28,7 +28,7 @@ from files import write_json
 from tables import markdown_table, print_table
 
 GIB = 2**30
-MAY_BE_ZERO = ("seed", "warmup", "peak_tflops")
+MAY_BE_ZERO = ("seed", "warmup", "peak_tflops", "lora_rank", "lora_alpha", "lora_dropout")  # AdapterFlags have checks of their own
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -203,6 +203,8 @@ PRESETS = {
     "1b": LlamaConfig(64793, 2048, 8192, 16, 32, 8, max_position_embeddings=4096, rope_theta=500000.0,
                       tie_word_embeddings=True),
     "llama2-7b": LlamaConfig(32000, 4096, 11008, 32, 32, 32, max_position_embeddings=4096),
+    "llama2-13b": LlamaConfig(32000, 5120, 13824, 40, 40, 40, max_position_embeddings=4096),
+    "llama-65b": LlamaConfig(32000, 8192, 22016, 80, 64, 64, max_position_embeddings=2048),
     "llama3-8b": LlamaConfig(hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
                              **_LLAMA3),
     "llama3-70b": LlamaConfig(hidden_size=8192, intermediate_size=28672, num_hidden_layers=80, num_attention_heads=64,

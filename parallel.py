@@ -101,7 +101,9 @@ class Replicated:
         # or more ranks add it up. Done here, the first step of a resumed run adds as the same step of an uninterrupted one.
         tokens = torch.zeros(1, 2, dtype=torch.long, device=self.machine.device)
         for _ in range(2):
-            network(tokens, tokens).backward()
+            with self.autocast():
+                loss = network(tokens, tokens)
+            loss.backward()
         optimizer.zero_grad(set_to_none=self.frees_gradients)
         return network
 

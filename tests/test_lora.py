@@ -165,12 +165,12 @@ def test_two_processes_are_one_and_go_on_from_its_steps(way, lora, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("way", ["fsdp", pytest.param("zero-2", marks=needs_deepspeed)])
+@pytest.mark.parametrize("way", ["ddp", "fsdp", pytest.param("zero-2", marks=needs_deepspeed)])
 def test_in_bf16_with_checkpointing_when_shared_out(way, lora, tmp_path):
     """What is frozen is bf16 then, what learns fp32 (ZeRO: bf16 with fp32 masters): dtypes meet in one group."""
     lora |= {"dtype": "bf16", "steps": 6, "train_also": ("norm",), "lora_targets": ("all,lm_head",)}
-    main(Config(**lora))
-    share = ["--fsdp"] if way == "fsdp" else ["--deepspeed", "2", "--offload"]
+    main(Config(**{**lora, "base_quant": "nf4-double" if way == "ddp" else "none"}))
+    share = {"ddp": ["--base-quant", "nf4-double"], "fsdp": ["--fsdp"]}.get(way, ["--deepspeed", "2", "--offload"])
     finished("sft.py", *words({**lora, "out": tmp_path / "two"}), *share, "--checkpointing", processes=2)
     assert losses(tmp_path / "two") == pytest.approx(losses(lora["out"]), abs=0.02)
 
