@@ -18,41 +18,35 @@ from __future__ import annotations
 from settings import UserError, command_line, flag, too_small
 
 import dataclasses
-import math
 import os
 import shutil
 import signal
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from adapter_files import Adapter, open_adapter
-from adapter_files import merge as merge_tensors
-from adapters import GROUPS
+from adapter_files import open_adapter
 from checkpoint import ARCHITECTURE, SMALL_FILES, Adapted, open_model_dir, resolve_model_dir
 from config import LlamaConfig
 from doors import gguf_file, huggingface, llama2c, megatron, meta, tiktoken_file
 from extension import compare_tokens
 from files import fsync_directory, locked
-from layers import STORAGES
+from merging import Change, is_projection, merging, share
 from progress import human
 from runs import steps
 from tokenizer import Tokenizer, load_tokenizer
 from vocabulary import METHODS, RowMaker, row_report
-from weights import DTYPES, Lazy, Weights, check_dtypes, same_bits
+from weights import DTYPES, Lazy, Weights, check_dtypes, dtype_name, narrowed, not_finite, same_bits
 
 DOORS = (huggingface, meta, megatron, gguf_file, llama2c)  # in the order in which they are asked whether they recognise a path
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
-SCAN = 1 << 18  # elements looked at in one go: they and what is computed from them stay in the processor's cache
 WORTH_KEEPING = 0.25  # part of what adapters change that may be lost in rounding before merge speaks of it
 
 
@@ -227,25 +221,6 @@ def watched(source: Weights, bar: tqdm, strange: dict[str, int], dtype: torch.dt
         return Lazy(lazy.shape, dtype or lazy.dtype, read)
 
     return dataclasses.replace(source, tensors={name: watch(name, lazy) for name, lazy in source.tensors.items()})
-
-
-def narrowed(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """The tensor in another dtype. Raises UserError if that cannot hold all of its values."""
-    cast = tensor.to(dtype)
-    if (lost := not_finite(cast)) and lost > not_finite(tensor):
-        raise UserError(f"{name} has values up to {tensor.abs().max():.3g}, more than {dtype_name(dtype)} holds; give --dtype bf16 or fp32")
-    return cast
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
-def not_finite(tensor: Tensor) -> int:
-    """How many NaN and infinite values a tensor holds."""
-    pieces = tensor.reshape(-1).split(SCAN) if tensor.is_floating_point() else ()
-    # A sum is finite only if all its terms are; most often that is all there is to find out, and much sooner.
-    return sum(int((~torch.isfinite(piece)).sum()) for piece in pieces if not piece.sum(dtype=torch.float32).isfinite())
 
 
 @contextmanager
@@ -482,62 +457,6 @@ def merge(config: Merge) -> dict:
         print(f"notice: much of what was learned is finer than {dtypes} tells apart; --dtype fp32 keeps it")
     print(f"next: python chat.py --model {config.out}")
     return {"parameters": parameters(result), "tensors": len(touched), "learned": learned, "rounded": rounded, "lost": lost}
-
-
-class Change(NamedTuple):
-    """What merging did to a weight, in squared lengths, which add up."""
-
-    given: float  # the weight as it lies in its file
-    packing: float  # what --base-quant changed in it
-    base: float  # the weight that the adapters were trained beside
-    learning: float  # what they changed
-    rounding: float  # what the dtype that it is written in changed
-
-    @classmethod
-    def between(cls, given: Tensor, base: Tensor, merged: Tensor, written: Tensor) -> Change:
-        """All of one shape, and but for the last in float32."""
-        pieces = zip(*(tensor.reshape(-1).split(SCAN) for tensor in (given, base, merged, written)))
-        squares = [[torch.dot(x, x).item() for x in (g, b - g, b, m - b, w.float() - m)] for g, b, m, w in pieces]
-        return cls(*map(sum, zip(*squares)))
-
-
-def share(changes: Iterable[Change], part: str, whole: str) -> float:
-    """How long one kind of change is beside another, over several weights."""
-    parts, wholes = zip(*((getattr(change, part), getattr(change, whole)) for change in changes))
-    return math.sqrt(sum(parts) / sum(wholes)) if sum(wholes) else 0.0
-
-
-def merging(tensors: dict[str, Lazy], adapters: list[Adapter], storage: str, dtype: torch.dtype | None,
-            changes: dict[str, Change]) -> dict[str, Lazy]:  # fmt: skip
-    """A model's tensors with adapters merged into them in float32, then cast to `dtype` (None: their own). `storage`: how projections
-    were kept when the adapters were trained; they are rounded so first. What reading a tensor changed in it goes to `changes`."""
-
-    def read(name: str, lazy: Lazy, dtype: torch.dtype) -> Tensor:
-        given = lazy.to(torch.float32).read()
-        base = given if storage == "none" or not is_projection(name) else repacked(name, given, storage)
-        merged = merge_tensors({name: Lazy(lazy.shape, torch.float32, lambda: base)}, adapters)[name].read()
-        cast = narrowed(name, merged, dtype)
-        if name not in changes:  # it is read once more to be compared
-            changes[name] = Change.between(given, base, merged, cast)
-        return cast
-
-    touched = {name for name in tensors if any(adapter.touches(name) for adapter in adapters)}
-    touched |= {name for name in tensors if storage != "none" and is_projection(name)}
-    return {name: Lazy(lazy.shape, dtype or lazy.dtype, partial(read, name, lazy, dtype or lazy.dtype)) if name in touched else lazy
-            for name, lazy in tensors.items()}  # fmt: skip
-
-
-def is_projection(name: str) -> bool:
-    """Whether a weight is among those that --base-quant packs."""
-    return name.endswith(tuple(f".{module}.weight" for module in GROUPS["all"]))
-
-
-def repacked(name: str, weight: Tensor, storage: str) -> Tensor:
-    """What a layer that keeps its weight so makes of it, float32."""
-    with torch.device("meta"):
-        layer = STORAGES[storage](weight.shape[1], weight.shape[0])
-    layer.to_empty(device="cpu").store(weight, name)
-    return layer.stored(torch.float32)
 
 
 def inspect(config: Inspect) -> dict:

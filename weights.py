@@ -34,6 +34,7 @@ SAFETENSORS_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.f
                       "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
                       "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}  # fmt: skip
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+SCAN = 1 << 18  # numbers looked at in one go: they and what is computed from them stay in the processor's cache
 COMPUTED = "rotary_emb.inv_freq"  # old tools stored the rotary frequencies; every reader computes them
 # What bitsandbytes stores in the place of a weight of 4 bits: the ends of the names. The last one tells the rest.
 PACKED = ("", ".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map", f".{STATE}nf4")
@@ -133,6 +134,25 @@ def check_dtypes(tensors: dict[str, Lazy], where) -> None:
         more = f" and {len(odd) - 3} more" if len(odd) > 3 else ""
         raise UserError(f"{where} holds {', '.join(odd[:3])}{more}; weights are read as fp32, bf16, fp16 or fp64, so this model is "
                         "quantised or of another kind: convert it where it comes from")  # fmt: skip
+
+
+def narrowed(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """The tensor in another dtype. Raises UserError if that cannot hold all of its values."""
+    cast = tensor.to(dtype)
+    if (lost := not_finite(cast)) and lost > not_finite(tensor):
+        raise UserError(f"{name} has values up to {tensor.abs().max():.3g}, more than {dtype_name(dtype)} holds; give --dtype bf16 or fp32")
+    return cast
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def not_finite(tensor: Tensor) -> int:
+    """How many NaN and infinite values a tensor holds."""
+    pieces = tensor.reshape(-1).split(SCAN) if tensor.is_floating_point() else ()
+    # A sum is finite only if all its terms are; most often that is all there is to find out, and much sooner.
+    return sum(int((~torch.isfinite(piece)).sum()) for piece in pieces if not piece.sum(dtype=torch.float32).isfinite())
 
 
 def same_bits(one: Tensor, other: Tensor) -> bool:
