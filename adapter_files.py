@@ -15,7 +15,7 @@ from settings import UserError, read_json
 import dataclasses
 import hashlib
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -26,10 +26,10 @@ from torch import Tensor
 from adapters import EMBEDDING, HEAD, AdapterConfig, places
 from config import LlamaConfig
 from files import write_json
-from layers import LoRA, merged, packed_layers
+from layers import STORAGES, LoRA, carrier, merged
 from model import Llama
-from runs import newest_step
-from weights import Lazy, check_dtypes, parameters_in, same_bits, shapes_of, tensors_in
+from runs import damage, newest_step
+from weights import Lazy, check_dtypes, not_finite, parameters_in, same_bits, shapes_of, tensors_in
 
 CONFIG, BASE = "adapter_config.json", "adapter_base.json"
 PREFIX = "base_model.model."  # PEFT's, before every name
@@ -46,6 +46,8 @@ def adapter_dir(path) -> Path:
     if not path.exists():
         raise UserError(f"--adapter {path} does not exist; an adapter directory holds {CONFIG} and adapter_model.safetensors")
     if is_adapter(path):
+        if (path / "manifest.json").exists() and (problem := damage(path, without=("optimizer", "random", "state"))):
+            raise UserError(f"--adapter {path} is damaged: {problem}; use another step of the run, or copy it again from where it is whole")
         return path
     step = newest_step(path) if path.is_dir() else None
     if step is None or not is_adapter(step):
@@ -76,9 +78,10 @@ def write_adapter_descriptions(path: Path, config: AdapterConfig, llama: LlamaCo
     write_json(path / CONFIG, config.to_dict(llama.tie_word_embeddings))
 
 
-def base_facts(directory: Path, llama: LlamaConfig, storage: str) -> dict:
-    """What adapter_base.json says of the model that an adapter is trained on. `llama`: as it is read, RoPE scaling included."""
-    return {"path": str(directory.resolve()), "fingerprint": fingerprint(directory, llama), "storage": storage, "config": llama.to_dict()}
+def base_facts(directory: Path, llama: LlamaConfig, storage: str, path: Path | None = None) -> dict:
+    """What adapter_base.json says of the model that an adapter is trained on. `llama`: as it is read, RoPE scaling included. `path`: what
+    the user calls it, which is what the adapter names as its base."""
+    return {"path": str(path or directory), "fingerprint": fingerprint(directory, llama), "storage": storage, "config": llama.to_dict()}
 
 
 def fingerprint(directory: Path, llama: LlamaConfig) -> str:
@@ -108,9 +111,9 @@ class Adapter:
     def merge(self, parameter: str, weight: Tensor) -> Tensor:
         """The parameter, float32, after this adapter. Unchanged if it does not touch it."""
         if parameter in self.whole:  # beside an adapter on the embedding or the head PEFT keeps a copy of what it is for
-            weight = self.whole[parameter].read().float()
+            weight = self._finite(parameter, self.whole[parameter]).float()
         module = parameter.removesuffix(".weight")
-        parts = {name: lazy.read() for name, lazy in self.parts.get(module, {}).items()}
+        parts = {name: self._finite(f"{module}.{name}", lazy) for name, lazy in self.parts.get(module, {}).items()}
         if not parts:
             return weight
         scale = self.config.at(module)[1]
@@ -118,11 +121,17 @@ class Adapter:
             return merged(weight.T, parts["lora_embedding_A"], parts["lora_embedding_B"], scale).T.contiguous()
         return merged(weight, parts["lora_A.weight"], parts["lora_B.weight"], scale, parts.get("lora_magnitude_vector"))
 
+    def _finite(self, name: str, lazy: Lazy) -> Tensor:
+        tensor = lazy.read()
+        if not_finite(tensor):
+            raise UserError(f"{self.path}: {name} holds values that are not finite: its training failed, or the file is damaged")
+        return tensor
+
     def layer(self, module: str, rows: int, columns: int, dtype: torch.dtype) -> LoRA:
         """The adapter of a module as a layer, with its values: for a base that cannot take them in. Its products are in dtype."""
         rank, scale = self.config.at(module)
         lora = LoRA(rows, columns, rank, scale, dora=self.config.dora)
-        lora.load_state_dict({name: lazy.read().float() for name, lazy in self.parts[module].items()})
+        lora.load_state_dict({name: self._finite(f"{module}.{name}", lazy).float() for name, lazy in self.parts[module].items()})
         lora.lora_A.to(dtype), lora.lora_B.to(dtype)
         return lora.requires_grad_(False)
 
@@ -160,9 +169,22 @@ def read_base(path: Path) -> dict | None:
     if not (path / BASE).exists():
         return None
     stored = read_json(path / BASE)
-    if not isinstance(stored, dict) or not isinstance(stored.get("config"), dict):
-        raise UserError(f"{path / BASE} is damaged; without that file the adapter works too, but its base is not checked")
+    try:
+        LlamaConfig.from_dict(stored["config"])
+        if stored["storage"] not in STORAGES:
+            raise UserError(f"no storage is called {stored['storage']}")
+    except (KeyError, TypeError, AttributeError, UserError) as error:
+        raise UserError(f"{path / BASE} is damaged ({error}); without that file the adapter works too, but its base is not "
+                        "checked") from None  # fmt: skip
     return stored
+
+
+def scaled(llama: LlamaConfig, adapters: Sequence[Path]) -> LlamaConfig:
+    """An architecture as it is read with these adapters: one that was trained with RoPE scaling brings that with it."""
+    for base in map(read_base, adapters):
+        if base and (trained := LlamaConfig.from_dict(base["config"])).rope_scaling:
+            llama = dataclasses.replace(llama, rope_scaling=trained.rope_scaling, max_position_embeddings=trained.max_position_embeddings)
+    return llama
 
 
 def _sorted(path: Path, tensors: dict[str, Lazy], llama: LlamaConfig) -> tuple[dict[str, dict[str, Lazy]], dict[str, Lazy]]:
@@ -248,14 +270,18 @@ def merge(tensors: dict[str, Lazy], adapters: Sequence[Adapter]) -> dict[str, La
             for name, lazy in tensors.items()}  # fmt: skip
 
 
-def hang(model: Llama, adapters: Sequence[Adapter]) -> None:
-    """Put adapters beside the packed projections of a model, in order, to run and not to train."""
-    dtype = model.model.norm.weight.dtype
+def hang(model: Llama, adapters: Sequence[Adapter], beside: Iterable[str]) -> None:
+    """Put adapters beside the projections of these names, in order, to run and not to train: where merging would round away what
+    they learned. A packed layer takes a weight that was trained whole in place of its own, and of all that was put beside it."""
+    norm = model.model.norm.weight
     for adapter in adapters:
-        for name, layer in packed_layers(model).items():
-            device, module = next(layer.buffers()).device, name.removesuffix(".weight")
-            if name in adapter.whole:  # it takes the place of the weight and of all that was put beside it
-                layer.store(adapter.whole[name].read().to(device), name)
+        for name in beside:
+            module = name.removesuffix(".weight")
+            layer = model.get_submodule(module)
+            if name in adapter.whole:
+                layer.store(adapter.whole[name].read().to(norm.device), name)
                 del layer.adapters[:]
             if module in adapter.parts:
-                layer.adapters.append(adapter.layer(module, layer.in_features, layer.out_features, dtype).to(device))
+                layer = carrier(layer)
+                model.set_submodule(module, layer)
+                layer.adapters.append(adapter.layer(module, layer.in_features, layer.out_features, norm.dtype).to(norm.device))

@@ -72,34 +72,42 @@ class AdapterFlags:
         if self.base_quant != "none" and (self.fsdp or self.deepspeed not in (None, "1", "2")):
             found.append(f"--base-quant {self.base_quant} works on one device, with DDP and with --deepspeed 1 or 2: packed weights "
                          "cannot be shared out")  # fmt: skip
+        for word in _words(self.lora_targets):
+            name, equals, own = word.partition("=")
+            if name not in TARGETS and name not in GROUPS:
+                close = difflib.get_close_matches(name, TARGETS, 1)
+                meant = f" (meant {close[0]}?)" if close else ""
+                found.append(f"--lora-targets: there is no module {name!r}{meant}; there are {', '.join(TARGETS)}, and "
+                             f"{', '.join(GROUPS)} for several")  # fmt: skip
+            elif equals and not _rank_and_alpha(own):
+                found.append(f"--lora-targets {word}: write NAME=RANK or NAME=RANK/ALPHA, both above 0")
+        if strange := [name for name in _words(self.train_also) if name not in ALSO]:
+            found.append(f"--train-also {', '.join(strange)}: there are {', '.join(ALSO)}")
         return found
 
-    def adapter(self, llama: LlamaConfig) -> AdapterConfig | None:
-        """What to train on a model of this architecture; None: all of it.
+    def adapter(self, llama: LlamaConfig, dtype: torch.dtype = torch.float32) -> AdapterConfig | None:
+        """What to train on a model of this architecture, in this dtype of the matrix products; None: all of it.
 
-        Raises UserError for unknown modules (it lists the valid ones), and for a rank that a matrix is too small for.
+        Raises UserError for what does not fit it: a rank that a matrix is too small for, an adapter on a tied head. (The flags by
+        themselves have passed adapter_problems.)
         """
         if self.lora_rank is None:
             return None
+        if self.dora and dtype != torch.float32 and (self.fsdp or self.deepspeed not in (None, "1")):
+            raise UserError("--dora changes the lengths of rows by less than half precision tells apart, and --fsdp and --deepspeed 2 and "
+                            "3 compute with rounded parameters: use DDP or --deepspeed 1, or --dtype fp32")  # fmt: skip
         where = "--lora-targets"
         ranks, alphas, targets = {}, {}, []
         for word in _words(self.lora_targets):
             name, _, own = word.partition("=")
-            if name not in TARGETS and name not in GROUPS:
-                close = difflib.get_close_matches(name, TARGETS, 1)
-                meant = f" (meant {close[0]}?)" if close else ""
-                raise UserError(f"{where}: there is no module {name!r}{meant}; there are {', '.join(TARGETS)}, and "
-                                f"{', '.join(GROUPS)} for several")  # fmt: skip
-            if own and not re.fullmatch(r"[1-9]\d*(/\d+(\.\d+)?)?", own):
-                raise UserError(f"{where} {word}: write NAME=RANK or NAME=RANK/ALPHA")
-            rank, _, alpha = own.partition("/")
+            rank, alpha = _rank_and_alpha(own) or (None, None)
             for target in GROUPS.get(name, (name,)):
                 targets += [target] if target not in targets else []
-                ranks |= {target: int(rank)} if rank else {}
-                alphas |= {target: float(alpha)} if alpha else {}
+                ranks |= {target: rank} if rank else {}
+                alphas |= {target: alpha} if alpha else {}
         also = _words(self.train_also)
-        if strange := [name for name in also if name not in ALSO]:
-            raise UserError(f"--train-also {', '.join(strange)}: there are {', '.join(ALSO)}")
+        if llama.tie_word_embeddings and "head" in also and "embed" not in also:
+            raise UserError("--train-also head: embedding and head are one matrix in this model; --train-also embed trains it")
         config = AdapterConfig(
             rank=self.lora_rank, alpha=2.0 * self.lora_rank if self.lora_alpha is None else self.lora_alpha, targets=tuple(targets),
             dropout=self.lora_dropout, dora=self.dora, rslora=self.rslora, rank_pattern=ranks, alpha_pattern=alphas,
@@ -206,7 +214,8 @@ class AdapterConfig:
         """Raises UserError where this cannot be done on the architecture. `where` it was asked for."""
         modules = self.modules(llama)
         if not modules:
-            raise UserError(f"{where}: the model has no module {self.targets}; there are {', '.join(TARGETS)}")
+            named = self.targets if isinstance(self.targets, str) else ", ".join(self.targets) or "of those, as none is named"
+            raise UserError(f"{where}: the model has no module {named}; there are {', '.join(TARGETS)}")
         outer = [name.rpartition(".")[2] for name in modules if name.endswith((EMBEDDING, HEAD))]
         if outer and llama.tie_word_embeddings:
             raise UserError(f"{where}: an adapter on {', '.join(outer)} would part embedding and head, which are one matrix in this model; "
@@ -219,6 +228,16 @@ class AdapterConfig:
 def _words(values: tuple[str, ...]) -> list[str]:
     """What was given, with commas or spaces between."""
     return [part for value in values for part in value.split(",") if part]
+
+
+def _rank_and_alpha(text: str) -> tuple[int, float | None] | None:
+    """What stands behind NAME= in --lora-targets; None if it is no RANK or RANK/ALPHA."""
+    rank, slash, alpha = text.partition("/")
+    try:
+        found = int(rank), float(alpha) if slash else None
+    except ValueError:
+        return None
+    return found if found[0] > 0 and (found[1] is None or 0 < found[1] < math.inf) else None
 
 
 def _named(name: str, wanted: tuple[str, ...] | str) -> bool:

@@ -39,6 +39,7 @@ from adapter_files import (
     open_adapter,
     peft_key,
     read_base,
+    scaled,
     write_adapter_descriptions,
 )
 from adapters import AdapterConfig
@@ -79,7 +80,11 @@ class Adapted:
                            choices=tuple(STORAGES))  # fmt: skip
 
     def adapters(self) -> list[Path]:
-        return [Path(part) for word in self.adapter for part in word.split(",") if part]
+        """Raises UserError if --adapter is there and names none."""
+        found = [Path(part) for word in self.adapter for part in word.split(",") if part]
+        if self.adapter and not found:
+            raise UserError("--adapter names no directory")
+        return found
 
     def with_adapters(self, model: Path) -> str:
         """What the model and its adapters are called together."""
@@ -90,10 +95,11 @@ class Adapted:
         storage = storage_of(directory, self.base_quant)
         for path in map(adapter_dir, self.adapters()):
             trained = (read_base(path) or {}).get("storage")
-            if trained not in (None, "none", storage):
-                here = "as the model has them" if storage == "none" else f"in {storage}"
-                print(f"notice: {path} was trained beside projections in {trained}, and here they are {here}; --base-quant {trained} makes "
-                      "them the same", file=sys.stderr)  # fmt: skip
+            if trained not in (None, storage):
+                before, here = (f"in {kind}" if kind != "none" else "as the model has them" for kind in (trained, storage))
+                same = f"--base-quant {trained}" if trained != "none" else "leaving out --base-quant"
+                print(f"notice: {path} was trained beside projections {before}, and here they are {here}; {same} makes them the same",
+                      file=sys.stderr)  # fmt: skip
         return storage
 
 
@@ -111,8 +117,8 @@ def resolve_model_dir(path) -> Path:
         return path
     step = newest_step(path) if path.is_dir() else None
     if found := next((place for place in (path, step) if place and is_adapter(place)), None):
-        base = (read_base(found) or {}).get("path", "BASE")
-        both = f"--model {base} --adapter {path}"
+        base = read_base(found) or {"path": "BASE", "storage": "none"}
+        both = f"--model {base['path']} --adapter {path}" + f" --base-quant {base['storage']}" * (base["storage"] != "none")
         raise UserError(f"{path} is an adapter and no whole model: {both}; python convert.py merge {both} --out DIR makes them one")
     if step is None:
         raise UserError(f"{path} is no model directory: no config.json with model.safetensors, and no complete step inside")
@@ -128,10 +134,9 @@ def open_model_dir(path, rope_scaling: str = "none", rope_factor: float = 1.0,
     """
     directory = resolve_model_dir(path)
     config, tokens = LlamaConfig.from_json(directory), directory
-    for adapter in map(adapter_dir, adapters):
-        if (base := read_base(adapter)) and (trained := LlamaConfig.from_dict(base["config"])).rope_scaling:
-            config = dataclasses.replace(config, rope_scaling=trained.rope_scaling,
-                                         max_position_embeddings=trained.max_position_embeddings)  # fmt: skip
+    adapters = [adapter_dir(adapter) for adapter in adapters]
+    config = scaled(config, adapters)
+    for adapter in adapters:
         tokens = adapter if any((adapter / name).exists() for name in ("tokenizer.model", "tokenizer.json")) else tokens
     if rope_scaling != "none":
         config = config.with_rope_scaling(rope_scaling, rope_factor)
@@ -146,12 +151,13 @@ def load_model(path, device="cpu", dtype: torch.dtype | None = None, config: Lla
     """Read a Llama from a Hugging Face directory, or from the newest intact step of a run.
 
     Tensor by tensor: no second copy of the model is ever in memory. dtype None keeps the file's. `config` replaces
-    the directory's (with other RoPE scaling, say). `adapters` are merged into it in this order; with `base_quant` (layers.STORAGES) the
-    projections are packed as they are read, and what adapters add to them stays beside them.
+    the directory's (with other RoPE scaling, say). `adapters` are put on in this order: merged into float32 weights, beside those of half
+    precision, which would round away much of what they learned. With `base_quant` (layers.STORAGES) the projections are packed as they
+    are read, with the adapters beside them.
     Raises UserError that names every missing, unknown or misshapen tensor, and adapters that are not this model's.
     """
     directory = resolve_model_dir(path)
-    config = config or LlamaConfig.from_json(directory)
+    config = config or scaled(LlamaConfig.from_json(directory), [adapter_dir(adapter) for adapter in adapters])
     opened = [open_adapter(adapter, config, directory) for adapter in adapters]
     with torch.device("meta"):
         model = pack(Llama(config), base_quant)
@@ -159,11 +165,16 @@ def load_model(path, device="cpu", dtype: torch.dtype | None = None, config: Lla
     tensors = parameters_in(directory, config, mapped=True)[0]
     for name in packed:
         packed[name].to_empty(device=device).store(tensors.pop(name).stored(base_quant).to(device), name)
-    for name, lazy in merge(tensors, opened).items():
-        state[name] = lazy.read().to(device=device, dtype=dtype or lazy.dtype)
+    dtypes = {name: dtype or lazy.dtype for name, lazy in tensors.items()}
+    beside = [name for name in tensors if dtypes[name] != torch.float32 and ".layers." in name
+              and not any(name in adapter.whole for adapter in opened)]  # fmt: skip
+    merged = merge({name: tensors[name].to(torch.float32) for name in tensors if name not in beside}, opened)
+    for name, own in dtypes.items():
+        changed = name in merged and any(adapter.touches(name) for adapter in opened)
+        state[name] = (merged if changed else tensors)[name].read().to(device=device, dtype=own)
     model.load_state_dict(state, strict=False, assign=True)
     model.tie_weights()
-    hang(model, opened)
+    hang(model, opened, [*packed, *beside])
     return model.requires_grad_(True)
 
 
@@ -346,6 +357,11 @@ def load_state(step: Path, *, stage: str, parallel, tokenizer: Tokenizer, adapte
     ours, theirs = parallel.model.config.to_dict(), own.to_dict()
     if different := [f"{key} {theirs[key]} instead of {ours[key]}" for key in ARCHITECTURE if ours[key] != theirs[key]]:
         raise UserError(f"--resume {step}: it holds another model: {', '.join(different)}")
+    if adapter is not None and (changed := [what for what in ("fingerprint", "storage")
+                                         if (read_base(step) or adapter.base)[what] != adapter.base[what]]):  # fmt: skip
+        now, then = adapter.base, read_base(step)
+        before, after = (f"{base['path']} ({', '.join(base[what] for what in changed)})" for base in (then, now))
+        raise UserError(f"--resume {step}: the adapter was trained beside {before}, and now it would be beside {after}")
     if load_tokenizer(step).fingerprint != tokenizer.fingerprint:
         raise UserError(f"--resume {step}: it was trained with another tokenizer than the one given now")
     remembered = _optimizer_remembers(step)

@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from adapter_files import open_adapter
+from adapter_files import is_adapter, open_adapter
 from checkpoint import ARCHITECTURE, SMALL_FILES, Adapted, open_model_dir, resolve_model_dir
 from config import LlamaConfig
 from doors import gguf_file, huggingface, llama2c, megatron, meta, tiktoken_file
@@ -168,7 +168,7 @@ def located(path: Path, wanted=None):
     if wanted and wanted.recognises(path):
         return path, wanted
     door = next((door for door in DOORS if door.recognises(path)), None)
-    if door is None and path.is_dir() and ((path / "config.json").exists() or steps(path)):
+    if door is None and path.is_dir() and ((path / "config.json").exists() or steps(path) or is_adapter(path)):
         path, door = resolve_model_dir(path), huggingface
     if wanted and door:
         raise UserError(f"--model {path} is of the kind {door.KIND}, not {wanted.KIND}")
@@ -447,8 +447,10 @@ def merge(config: Merge) -> dict:
     print(f"merged: {len(touched)} of {len(tensors)} tensors are changed, by {learned:.2%} of their size; least {by_size[0][1]} "
           f"{by_size[0][0]:.2%}, most {by_size[-1][1]} {by_size[-1][0]:.2%}")  # fmt: skip
     if config.base_quant != "none":
+        so_in_training = all(adapter.base is None or adapter.base["storage"] == storage for adapter in adapters)
         packing = share([change for name, change in changes.items() if is_projection(name)], "packing", "given")
-        print(f"base: --base-quant {storage} changed the projections by {packing:.2%} of their size before; in training it was so too")
+        print(f"base: --base-quant {storage} changed the projections by {packing:.2%} of their size before"
+              + "; in training it was so too" * so_in_training)  # fmt: skip
     elif storage != "none":
         print(f"base: the projections of --model are in {storage}, and are written in {dtypes}")
     print(f"precision: {dtypes} rounds the merged weights by {rounded:.2%} of their size, which is {lost:.2%} of the change"

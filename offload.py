@@ -2,7 +2,7 @@
 
 AdamW keeps two numbers for every one it trains, 8 bytes in float32. Of an adapter that is little, of a whole model twice its
 weights; both are needed only while a step is taken. So they stay in the host's memory, and each parameter's come over for its own
-update and go back. What is computed is AdamW's on the device, number for number: a run may go on with or without.
+update and go back. What is computed is AdamW's on the device: a run may go on with or without.
 
 QLoRA's paged optimizers (2305.14314 §3) do the same by the driver, page by page and only under pressure, which plain torch cannot.
 """

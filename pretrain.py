@@ -251,7 +251,7 @@ def prepare(config: Config, machine: Machine,
     machine.check_batch_size(config.batch_size)
     if config.s2_attn:
         check_groups(llama, seq_len)
-    return train, val, tokenizer, dataclasses.replace(llama, dropout=config.dropout), config.adapter(llama)
+    return train, val, tokenizer, dataclasses.replace(llama, dropout=config.dropout), config.adapter(llama, machine.dtype)
 
 
 def main(config: Config) -> dict:
@@ -264,7 +264,8 @@ def main(config: Config) -> dict:
         identity = {"data": [split["sha256"] for split in splits.values()], "tokenizer": tokenizer.fingerprint,
                     "dtype": DTYPE_NAMES[machine.dtype],
                     "first weights": weights_identity(origin) if origin else None}  # fmt: skip
-        talk = f"--model {config.init_from} --adapter {config.out}" if adapter else f"--model {config.out}"
+        quantised = f" --base-quant {config.base_quant}" if config.base_quant != "none" else ""
+        talk = f"--model {config.init_from} --adapter {config.out}{quantised}" if adapter else f"--model {config.out}"
         try:
             resume_from = claim_run(machine, config, identity=identity)
         except Finished:
@@ -273,7 +274,7 @@ def main(config: Config) -> dict:
         parallel = make_parallel(machine, config)
         storage = machine.together(lambda: storage_of(origin, config.base_quant)) if adapter and not parallel.sharded else "none"
         if adapter:
-            base = machine.on_main(lambda: base_facts(origin, llama, storage))
+            base = machine.on_main(lambda: base_facts(origin, llama, storage, config.init_from))
             adapter = dataclasses.replace(adapter, base=base)
             model = parallel.build(llama, lambda model: attach(model, adapter, storage, machine.dtype))
         else:

@@ -278,6 +278,8 @@ def read_json(path) -> dict:
         raise UserError(f"{path} is not UTF-8 text") from None
     except json.JSONDecodeError as error:
         raise UserError(f"{path}:{error.lineno}: not valid JSON: {error.msg}") from None
+    except (ValueError, RecursionError) as error:  # a number or a nesting without end
+        raise UserError(f"{path}: not valid JSON: {error}") from None
 
 
 _UNSET = object()

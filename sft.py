@@ -181,8 +181,8 @@ def read_messages(path: Path) -> list[tuple[int, list | str]]:
                 messages = turns[0]["content"] if len(turns) == 1 else turns
             elif isinstance(messages := record["messages"], str):
                 raise TypeError
-        except json.JSONDecodeError as error:
-            raise UserError(f"{path}:{number}: not valid JSON: {error.msg}") from None
+        except (ValueError, RecursionError) as error:  # what a number or a nesting without end brings, too
+            raise UserError(f"{path}:{number}: not valid JSON: {getattr(error, 'msg', error)}") from None
         except (KeyError, TypeError, AttributeError):
             raise UserError(f'{path}:{number}: no "messages", nor a list of {{"role": …, "text": …}}; python data_process.py sft makes the '
                             "first of other formats") from None  # fmt: skip
@@ -355,7 +355,7 @@ def prepare(config: Config, machine: Machine, origin: Path):
     val = val if val and val.exists() and val.stat().st_size else None
     if config.s2_attn:
         check_groups(llama, config.seq_len or llama.context_length)
-    return dataclasses.replace(llama, dropout=config.dropout), config.adapter(llama), tokenizer, template, train, val
+    return dataclasses.replace(llama, dropout=config.dropout), config.adapter(llama, machine.dtype), tokenizer, template, train, val
 
 
 def main(config: Config) -> dict:
@@ -363,7 +363,8 @@ def main(config: Config) -> dict:
         origin = machine.on_main(lambda: resolve_model_dir(config.init_from))
         llama, adapter, tokenizer, template, train_file, val_file = machine.together(lambda: prepare(config, machine, origin))
         seq_len = config.seq_len or llama.context_length
-        talk = f"--model {config.init_from} --adapter {config.out}" if adapter else f"--model {config.out}"
+        quantised = f" --base-quant {config.base_quant}" if config.base_quant != "none" else ""
+        talk = f"--model {config.init_from} --adapter {config.out}{quantised}" if adapter else f"--model {config.out}"
         identity = {"data": [file_sha256(file) for file in (train_file, val_file) if file], "tokenizer": tokenizer.fingerprint,
                     "dtype": DTYPE_NAMES[machine.dtype], "first weights": weights_identity(origin)}
         try:
@@ -385,7 +386,7 @@ def main(config: Config) -> dict:
         parallel = make_parallel(machine, config)
         storage = machine.together(lambda: storage_of(origin, config.base_quant)) if adapter and not parallel.sharded else "none"
         if adapter:
-            base = machine.on_main(lambda: base_facts(origin, llama, storage))
+            base = machine.on_main(lambda: base_facts(origin, llama, storage, config.init_from))
             adapter = dataclasses.replace(adapter, base=base)
             model = parallel.build(llama, lambda model: attach(model, adapter, storage, machine.dtype))
         else:

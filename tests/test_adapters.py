@@ -48,13 +48,13 @@ def shake(model, amount: float = 0.1) -> None:
                 parameter.add_(torch.randn(parameter.shape, generator=dice) * amount)
 
 
-def begin(base: Path, storage: str = "none", seed: int = 0, **flags) -> tuple[Llama, AdapterConfig]:
+def begin(base: Path, storage: str = "none", dtype: torch.dtype = torch.float32, seed: int = 0, **flags) -> tuple[Llama, AdapterConfig]:
     """A model as a stage has it before its first step."""
     llama = LlamaConfig.from_json(base)
     adapter = replace(adapter_of(llama, **flags), base=base_facts(base, llama, storage))
     with torch.device("meta"):
         model = Llama(llama)
-        attach(model, adapter, storage)
+        attach(model, adapter, storage, dtype)
     model.to_empty(device="cpu")
     packed = packed_layers(model)
     for name, tensor in first_values(model_tensors(base, llama), model, seed):
@@ -266,6 +266,11 @@ def test_half_precision_adapters_are_merged_in_float32(dtype, base, theirs, tmp_
 @pytest.mark.parametrize("storage", STORAGES)
 def test_the_first_forward_is_the_bases_own(storage, flags, bases):
     """To the last bit, in float32 and in bf16."""
+    half, _ = begin(bases["biased"], storage, torch.bfloat16, **flags)
+    assert {parameter.dtype for parameter in half.parameters() if not parameter.requires_grad} == {torch.bfloat16}
+    assert {parameter.dtype for parameter in half.parameters() if parameter.requires_grad} == {torch.float32}
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(logits(half), logits(load_model(bases["biased"], dtype=torch.bfloat16, base_quant=storage)))
     model, _ = begin(bases["biased"], storage, **flags)
     base = load_model(bases["biased"], base_quant=storage)
     assert torch.equal(logits(model), logits(base))
@@ -375,6 +380,20 @@ def test_a_model_comes_back_as_it_was_trained(storage, base, tmp_path):
     same(logits(load_model(base, adapters=[tmp_path], base_quant=storage)), learned)
 
 
+def test_a_small_change_is_not_rounded_away(base, tmp_path):
+    """Weights in bf16 keep of what is merged into them only what is larger than some tenths of a per cent: adapters stay beside them."""
+    save_model(load_model(base).bfloat16(), half := tmp_path / "half")
+    train(half, tmp_path)
+    content = load_file(file := tmp_path / "adapter_model.safetensors")
+    save_file({key: tensor * 0.01 if "lora_B" in key else tensor for key, tensor in content.items()}, file)
+    without, exact = (load_model(half, dtype=torch.float32, adapters=adapters) for adapters in ([], [tmp_path]))
+    rounded = load_model(half, dtype=torch.float32, adapters=[tmp_path]).bfloat16().float()
+    beside = load_model(half, adapters=[tmp_path])
+    assert all(len(beside.get_submodule(name).adapters) == 1 for name, _ in beside.named_modules() if name.endswith("_proj"))
+    effect = (logits(exact) - logits(without)).abs().mean()
+    assert (logits(beside.float()) - logits(exact)).abs().mean() < 0.01 * effect < 0.1 * (logits(rounded) - logits(exact)).abs().mean()
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_adapters_compute_in_the_dtype_of_the_model(dtype, base, pair):
     """As chat.py runs it: no autocast, half precision throughout."""
@@ -427,19 +446,14 @@ def refusal(call: Callable[[], object]) -> str:
 
 
 FLAGS = {  # what is asked for, of which model -> what is said
-    ("plain", "lora_targets", ("q_porj",)):
-        "--lora-targets: there is no module 'q_porj' (meant q_proj?); there are q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, "
-        "down_proj, embed_tokens, lm_head, and all, attention, mlp for several",
-    ("plain", "lora_targets", ("q_proj=0",)): "--lora-targets q_proj=0: write NAME=RANK or NAME=RANK/ALPHA",
-    ("plain", "lora_targets", ("q_proj=x/2",)): "--lora-targets q_proj=x/2: write NAME=RANK or NAME=RANK/ALPHA",
     ("plain", "lora_targets", ("q_proj,k_proj=17",)):
         "rank 17 on model.layers.0.self_attn.k_proj: its matrix is 16 x 32, so the rank can be 1 to 16",
     ("plain", "lora_rank", 33): "rank 33 on model.layers.0.self_attn.q_proj: its matrix is 32 x 32, so the rank can be 1 to 32",
-    ("plain", "train_also", ("norms",)): "--train-also norms: there are norm, embed, head",
+    ("tied", "train_also", ("head",)): "--train-also head: embedding and head are one matrix in this model; --train-also embed trains it",
     ("tied", "lora_targets", ("all,lm_head",)):
         "--lora-targets: an adapter on lm_head would part embedding and head, which are one matrix in this model; --train-also embed",
     ("tied", "lora_targets", ("embed_tokens",)): "--lora-targets: an adapter on embed_tokens would part",
-    ("plain", "lora_targets", ()): "--lora-targets: the model has no module (); there are q_proj",
+    ("plain", "lora_targets", ()): "--lora-targets: the model has no module of those, as none is named; there are q_proj",
 }  # fmt: skip
 
 
@@ -466,7 +480,12 @@ def test_flags_that_exclude_each_other():
     ({"base_quant": "nf4"}, ["--base-quant needs --lora-rank"]),
     ({"lora_rank": 4, "base_quant": "nf4", "fsdp": True}, ["--base-quant nf4 works on one device, with DDP and with --deepspeed 1 or 2: "
                                                            "packed weights cannot be shared out"]),
-    ({"lora_rank": 4}, []), ({}, []),
+    ({"lora_rank": 4, "lora_targets": ("q_porj", "k_proj=0,v_proj=x/2,o_proj=4/0"), "train_also": ("norms",)},
+     ["--lora-targets: there is no module 'q_porj' (meant q_proj?); there are q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, "
+      "down_proj, embed_tokens, lm_head, and all, attention, mlp for several",
+      *(f"--lora-targets {word}: write NAME=RANK or NAME=RANK/ALPHA, both above 0" for word in ("k_proj=0", "v_proj=x/2", "o_proj=4/0")),
+      "--train-also norms: there are norm, embed, head"]),
+    ({"lora_rank": 4, "lora_targets": ("all", "q_proj=4/1e2")}, []), ({}, []),
 ])  # fmt: skip
 def test_flags_that_mean_nothing(flags, problems):
     assert Flags(**flags).adapter_problems() == problems
@@ -533,7 +552,7 @@ DAMAGE = {  # what happened to an adapter's directory -> what is said of it
         config(init_lora_weights="pissa_niter_4"),
         SAYS + ": with init_lora_weights pissa_niter_4 the base's weights were changed before training; merge it with PEFT"),
     "another model's modules": (
-        config(target_modules=["c_attn"]), SAYS + ": the model has no module ('c_attn',); there are q_proj, k_proj"),
+        config(target_modules=["c_attn"]), SAYS + ": the model has no module c_attn; there are q_proj, k_proj"),
     "another rank": (
         config(r=8), OTHER + "model.embed_tokens.lora_embedding_A is (4, 48); on this one, at the rank in adapter_config.json, it is (8,"),
     "another width": (
@@ -565,7 +584,9 @@ DAMAGE = {  # what happened to an adapter's directory -> what is said of it
         tensors(lambda content: content.update({Q_A: content[Q_A].to(torch.int8)})),
         f"{{}}/adapter_model.safetensors holds {Q_A} (int8); weights are read as fp32"),
     "a damaged base": (
-        text(BASE, "[]"), "{}/adapter_base.json is damaged; without that file the adapter works too, but its base is not checked"),
+        text(BASE, "[]"), "{}/adapter_base.json is damaged (list indices must be integers or slices, not str); without that file"),
+    "a base without sizes": (
+        text(BASE, '{"config": {}}'), "{}/adapter_base.json is damaged (vocab_size, hidden_size, intermediate_size, num_hidden_layers"),
 }  # fmt: skip
 
 
@@ -577,6 +598,14 @@ def test_adapters_that_are_not_whole_or_not_this_models(name, whole_dir, base, t
     damage(path)
     said = refusal(lambda: open_adapter(path, SMALL, base))
     assert said.startswith(message.replace("{}", str(path)))
+
+
+def test_an_adapter_whose_training_failed(whole_dir, base, tmp_path):
+    shutil.copytree(whole_dir, tmp_path / "adapter")
+    tensors(lambda content: content[Q_A].fill_(math.nan))(tmp_path / "adapter")
+    for storage in ("none", "nf4"):
+        said = refusal(lambda storage=storage: load_model(base, adapters=[tmp_path / "adapter"], base_quant=storage))
+        assert said.startswith(f"{tmp_path / 'adapter'}: {Q}.lora_A.weight holds values that are not finite")
 
 
 ANYTHING = (None, True, 0, -1, 1.5, math.nan, 10**400, "", "x", "(", [], [1], ["x"], [[]], {}, {"q_proj": 2}, {"(": 1}, {"x": {}},
@@ -613,7 +642,7 @@ def test_each_in_the_others_place(base, whole_dir):
     """A model as --adapter, an adapter as --model."""
     assert refusal(lambda: load_model(base, adapters=[base])) == (
         f"--adapter {base} has no adapter_config.json: it is no adapter, but a model")
-    both = f"--model {base} --adapter {whole_dir}"
+    both = f"--model {base} --adapter {whole_dir}"  # beside a packed base: --base-quant too
     for opens in (load_model, open_model_dir):
         assert refusal(lambda opens=opens: opens(whole_dir)) == (
             f"{whole_dir} is an adapter and no whole model: {both}; python convert.py merge {both} --out DIR makes them one")
