@@ -7,6 +7,7 @@ from settings import UserError
 import dataclasses
 import gc
 import json
+import re
 import weakref
 from pathlib import Path
 
@@ -19,6 +20,7 @@ import convert as cv
 from adapter_files import BASE
 from checkpoint import load_model, open_model_dir, save_model
 from config import LlamaConfig
+from layers import packed_layers
 from model import Llama
 from weights import Lazy, open_weights
 
@@ -62,9 +64,18 @@ def test_a_base_that_was_quantised_in_training(model_dir, tmp_path, storage, cap
     trained = logits(model_dir, adapters=[adapter], base_quant=storage)
     merge(model_dir, adapter, out=tmp_path / "same", base_quant=storage)
     said = capsys.readouterr()
-    assert "notice" not in said.err and f"--base-quant {storage} changed the projections by" in said.out
+    assert "notice" not in said.err and "in training it was so too" in said.out
+    told = re.search(rf"--base-quant {storage} changed the projections by (.*)%", said.out)
+    pairs = [(load_model(model_dir).get_parameter(name), layer.stored(torch.float32))
+             for name, layer in packed_layers(load_model(model_dir, base_quant=storage)).items()]  # fmt: skip
+    moved, whole = (sum(x.square().sum().item() for x in xs) for xs in ([a - b for a, b in pairs], [a for a, _ in pairs]))
+    assert float(told[1]) == pytest.approx(100 * (moved / whole) ** 0.5, abs=0.006)
     merge(model_dir, adapter, out=tmp_path / "other")
     assert f"was trained beside projections in {storage}" in (err := capsys.readouterr().err) and err.count("notice") == 1
+    plain = adapter_dir_of(model_dir, tmp_path / "plain")
+    merge(model_dir, plain, out=tmp_path / "rounded", base_quant=storage)
+    said = capsys.readouterr()
+    assert "leaving out --base-quant makes" in said.err and "in training" not in said.out
     near, far = ((logits(tmp_path / name) - trained).abs().max() for name in ("same", "other"))
     assert near < 1e-5 * trained.abs().max() and far > 100 * near
 
