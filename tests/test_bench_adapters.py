@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from settings import UserError, parse_config
+from settings import parse_config
 
 import dataclasses
 import json
@@ -214,8 +214,8 @@ def test_a_mistaken_plan_is_one_line(flags, message):
 
 
 def test_an_unknown_target_is_named():
-    with pytest.raises(UserError, match="there is no module 'q'"):
-        plan(PlanConfig(gpu_memory=24, lora_rank=8, lora_targets=("q",)))
+    (said,) = PlanConfig(gpu_memory=24, lora_rank=8, lora_targets=("q",)).problems()
+    assert "there is no module 'q'" in said
 
 
 @pytest.fixture
