@@ -40,6 +40,7 @@ def test_data_is_the_real_pretraining_path(text, small_tokenizer, tmp_path, caps
         bench_data.data_worker(DataConfig(tokenizer=tmp_path / "no-tokenizer", input=(str(text),)), "1")
 
 
+@pytest.mark.slow
 def test_the_table_shows_every_side_beside_the_first(monkeypatch, text, small_tokenizer, capsys):
     """Measured in this process: the same worker and the same JSON in between, without waiting for imports."""
     monkeypatch.setattr(bench_turns, "run_worker",

@@ -75,6 +75,7 @@ save_file({"x": x}, out / "model.safetensors")
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault, found", [
     ("none", set()),
     ("names a step too early", {"torn, looks complete"}),

@@ -122,6 +122,7 @@ def train(llama: LlamaConfig, config: MachineConfig, *, tokens: int, checkpointi
         return [most_allocated(partial(work, what)) for what in trains]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("llama, tokens, dtype, checkpointing, micro_batches, moment", [
     (GROUPED, 1024, "bf16", False, 1, "loss"),
     (GROUPED, 512, "bf16", True, 2, "loss"),

@@ -104,6 +104,7 @@ def test_a_missing_device_is_said_at_once(monkeypatch):
         smoke(SmokeConfig(device="cuda"))
 
 
+@pytest.mark.slow
 def test_on_a_device_without_kernels_every_line_says_so(tmp_path):
     """The stand-in for an NPU has no tensors: what computes fails, each check with its own line, and nothing crashes."""
     (tmp_path / "smoke.py").write_text(SMOKE_ON_NPU)

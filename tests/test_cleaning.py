@@ -331,6 +331,7 @@ def test_every_rule_is_linear_on_hostile_texts(name):
         assert time.process_time() - start < 15, piece
 
 
+@pytest.mark.slow
 def test_hostile_texts_are_known_for_every_rule():
     assert set(HOSTILE) == set(RULES) - {"simplify"}
     start = time.process_time()

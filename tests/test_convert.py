@@ -381,6 +381,7 @@ def test_rows_that_stay_equal_are_told(tmp_path, ours_dir, capsys):
 # ---- the command line ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_command_line(tmp_path, tokenizer_dir):
     model = saved(tmp_path, tokenizer_dir)
     words = ["export-megatron", "--model", model, "--tp", "2", "--out", tmp_path / "out"]

@@ -151,6 +151,7 @@ def test_out_of_memory_is_recognised_on_every_device():
 # NPU
 
 
+@pytest.mark.slow
 def test_torch_npu_is_imported_only_when_asked_for_and_auto_takes_it_where_torch_has_loaded_it(tmp_path):
     done = run("""if True:
         import bench, chat, devices, eval, os, pretrain, sft, sys

@@ -293,6 +293,7 @@ def test_bad_models_and_texts(model_dir, data_dir, examinee, tmp_path):
         run_main(tmp_path / "small", tasks=("ppl",), data=(str(data_dir),))
 
 
+@pytest.mark.slow
 def test_the_command_itself(model_dir, exam_dir):
     """One good run, one mistake: a table and exit 0, one line and exit 2."""
     words = ["--model", model_dir, "--device", "cpu", "--tasks", "exam"]

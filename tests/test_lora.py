@@ -45,6 +45,7 @@ def same_files(one: Path, other: Path, names=("adapter_model.safetensors", "opti
     return all(a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a) for a, b in pairs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changes", [dict(base_quant="nf4-double", lora_dropout=0.1, dtype="bf16"),
                                      dict(dora=True, train_also=("norm", "embed")), dict(base_quant="int8", rslora=True, dtype="fp16")],
                          ids=["qlora", "dora", "int8"])  # fmt: skip
@@ -126,6 +127,7 @@ def test_a_run_goes_on_with_its_optimizer_offloaded(lora, tmp_path):
     assert losses(tmp_path / "half") == pytest.approx(losses(lora["out"])[4:], abs=1e-6)
 
 
+@pytest.mark.slow
 def test_qlora_follows_lora(lora, tmp_path):
     """The base loses little in 4 bits, and the adapter learns on it all the same."""
     lora |= {"steps": 12, "lr": 1e-2, "train_also": ("head", "embed"), "eval_every": 12}  # random ones let no adapter learn

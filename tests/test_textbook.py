@@ -222,6 +222,7 @@ def test_preferences_reject_a_wrong_answer_of_the_same_relation(book, facts):
 # The exam
 
 
+@pytest.mark.slow
 def test_no_exam_question_occurs_in_any_training_text(book):
     papers = [exam_rows(book, paper, part) for paper in PAPERS for part in ("dev", "val")]
     questions = {row["question"] for paper in papers for row in paper}
@@ -332,6 +333,7 @@ def test_meta_and_facts_say_what_the_files_hold(book, facts, tmp_path):
     assert write_textbook(tmp_path / "again") == counts
 
 
+@pytest.mark.slow
 def test_the_same_bytes_in_every_process_and_others_for_another_seed(book, tmp_path):
     code = "import sys, pathlib, textbook; textbook.write_textbook(pathlib.Path(sys.argv[1]), int(sys.argv[2]))"
     for hash_seed, seed in (("1", 0), ("2", 1)):

@@ -128,6 +128,7 @@ def disturbed(long_run, tmp_path) -> dict:
 # ---- mistakes that all processes share ---------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_world_size_without_torchrun_is_one_line(settings):
     process = subprocess.run([sys.executable, "pretrain.py", *flags(settings)], cwd=REPOSITORY, capture_output=True, text=True,
                              timeout=60, env={**os.environ, "WORLD_SIZE": "2"})  # fmt: skip
@@ -135,6 +136,7 @@ def test_world_size_without_torchrun_is_one_line(settings):
     assert not settings["out"].exists()
 
 
+@pytest.mark.slow
 def test_a_port_in_use_is_one_line(settings):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
