@@ -29,7 +29,7 @@ from files import write_json
 from layers import STORAGES, LoRA, carrier, merged
 from model import Llama
 from runs import damage, newest_step
-from weights import Lazy, check_dtypes, not_finite, parameters_in, same_bits, shapes_of, tensors_in
+from weights import Lazy, check_dtypes, not_finite, parameters_in, same_bits, shapes_of, storage_of, tensors_in
 
 CONFIG, BASE = "adapter_config.json", "adapter_base.json"
 PREFIX = "base_model.model."  # PEFT's, before every name
@@ -82,6 +82,17 @@ def base_facts(directory: Path, llama: LlamaConfig, storage: str, path: Path | N
     """What adapter_base.json says of the model that an adapter is trained on. `llama`: as it is read, RoPE scaling included. `path`: what
     the user calls it, which is what the adapter names as its base."""
     return {"path": str(path or directory), "fingerprint": fingerprint(directory, llama), "storage": storage, "config": llama.to_dict()}
+
+
+def with_base(adapter: AdapterConfig, directory: Path, llama: LlamaConfig, config, parallel) -> AdapterConfig:
+    """The adapter of a run that begins, with what is known of the base in `directory`; its storage is as --base-quant says or as it lies
+    there, and dense where the model is shared out. All ranks call it. Raises UserError for a base that is quantised already."""
+
+    def facts() -> dict:
+        storage = "none" if parallel.sharded else storage_of(directory, config.base_quant)
+        return base_facts(directory, llama, storage, config.init_from)
+
+    return dataclasses.replace(adapter, base=parallel.machine.on_main(facts))
 
 
 def fingerprint(directory: Path, llama: LlamaConfig) -> str:

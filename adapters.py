@@ -325,7 +325,6 @@ def attach(model: Llama, config: AdapterConfig, storage: str = "none", dtype: to
         else:
             parameter.requires_grad_(False)
             parameter.data = parameter.data.to(dtype)
-    model.tie_weights()
     model.adapter_shapes = {name: parameter.shape for name, parameter in model.named_parameters() if ".adapters." in name}
 
 

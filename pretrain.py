@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from adapter_files import base_facts
+from adapter_files import with_base
 from adapters import AdapterConfig, AdapterFlags, attach, first_values
 from checkpoint import DTYPES, load_state, model_tensors, resolve_model_dir, save_model, save_state, weights_identity
 from devices import DTYPE_NAMES, supports
@@ -40,7 +40,6 @@ from runtime import Machine, MachineConfig
 from sparse_attention import check_groups
 from token_files import Tokens, open_tokens
 from tokenizer import Tokenizer, load_tokenizer
-from weights import storage_of
 
 EMBEDDINGS = ("model.embed_tokens.weight", "lm_head.weight")  # where a model meets its vocabulary; tied, they are one
 
@@ -272,10 +271,9 @@ def main(config: Config) -> dict:
             machine.print(f"{config.out} is finished: nothing to do. Talk to it: python chat.py {talk}")
             return {key: value for line in read_metrics(config.out / "metrics.jsonl") for key, value in line.items()}
         parallel = make_parallel(machine, config)
-        storage = machine.together(lambda: storage_of(origin, config.base_quant)) if adapter and not parallel.sharded else "none"
+        adapter = adapter and with_base(adapter, origin, llama, config, parallel)
+        storage = adapter.base["storage"] if adapter else "none"
         if adapter:
-            base = machine.on_main(lambda: base_facts(origin, llama, storage, config.init_from))
-            adapter = dataclasses.replace(adapter, base=base)
             model = parallel.build(llama, lambda model: attach(model, adapter, storage, machine.dtype))
         else:
             model = parallel.build(llama, lambda model: freeze(model, EMBEDDINGS if config.train == "embeddings" else None))

@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from adapter_files import base_facts
+from adapter_files import with_base
 from adapters import AdapterFlags, attach, first_values
 from checkpoint import (
     DTYPES,
@@ -48,7 +48,6 @@ from runs import Finished, best_step, check_shared, claim_run, note_best, start_
 from runtime import Machine, MachineConfig
 from sparse_attention import check_groups
 from tokenizer import TEMPLATES, Tokenizer
-from weights import storage_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -384,10 +383,9 @@ def main(config: Config) -> dict:
             return {"rows": len(batches.rows)}
 
         parallel = make_parallel(machine, config)
-        storage = machine.together(lambda: storage_of(origin, config.base_quant)) if adapter and not parallel.sharded else "none"
+        adapter = adapter and with_base(adapter, origin, llama, config, parallel)
+        storage = adapter.base["storage"] if adapter else "none"
         if adapter:
-            base = machine.on_main(lambda: base_facts(origin, llama, storage, config.init_from))
-            adapter = dataclasses.replace(adapter, base=base)
             model = parallel.build(llama, lambda model: attach(model, adapter, storage, machine.dtype))
         else:
             model = parallel.build(llama)
